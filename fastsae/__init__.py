@@ -1,0 +1,31 @@
+"""fastsae: sparse autoencoders of any width, trained and run on custom kernels.
+
+The module is :class:`SAE`, its description :class:`SAEConfig`; :mod:`fastsae.functional` holds the operators,
+:mod:`fastsae.optim` the row optimizer, :mod:`fastsae.training` the fused step and the trainer, :mod:`fastsae.data`
+activations of a transformers model, :mod:`fastsae.evaluate` metrics and the report.
+"""
+
+from fastsae import backends, functional
+from fastsae.checks import FastSAEError
+from fastsae.code import SparseCode
+from fastsae.config import AuxK, BatchTopK, DecoderNormL1, JumpReLU, ReLU, SAEConfig, TopK
+from fastsae.sae import SAE, TrainingOutput, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SAE",
+    "AuxK",
+    "BatchTopK",
+    "DecoderNormL1",
+    "FastSAEError",
+    "JumpReLU",
+    "ReLU",
+    "SAEConfig",
+    "SparseCode",
+    "TopK",
+    "TrainingOutput",
+    "backends",
+    "functional",
+    "load",
+]

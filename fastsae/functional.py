@@ -1,0 +1,176 @@
+"""Public functions on tensors: check the arguments, choose a backend, run the differentiable operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastsae.autograd import Decode, Encode
+from fastsae.backends import Backend, resolve
+from fastsae.checks import check_type, reject
+from fastsae.code import SparseCode
+from fastsae.config import Activation, BatchTopK, JumpReLU, ReLU, TopK
+
+__all__ = ["decode", "encode"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    activation: Activation,
+    *,
+    threshold: Tensor | float | None = None,
+    subset: Tensor | None = None,
+    sparse_grad: bool = False,
+    backend: Backend = "auto",
+) -> SparseCode:
+    """Score every latent and keep those that the activation's rule selects.
+
+        pre[n, m] = <x[n], W_enc[m]> + b_enc[m];   f = relu(pre) at the selected m, 0 elsewhere
+
+    TopK: the k largest of each token. BatchTopK: the N * k largest of the batch; with a scalar ``threshold``, all
+    pre > threshold. JumpReLU: pre > threshold[m]. ReLU: pre > 0. Ties go to the lowest index; a pre-activation of NaN
+    ranks as +Inf and stays NaN. Never holds [N, M] (except ``reference``). Scores are summed in fp32.
+
+    Args:
+        x: [..., d_in]. Differentiable.
+        W_enc: [M, d_in], contiguous, in x's dtype and on its device. Differentiable.
+        b_enc: [M] or None. Differentiable.
+        activation: TopK, BatchTopK, JumpReLU or ReLU.
+        threshold: [M] for JumpReLU (its ``threshold`` where None); a scalar for BatchTopK; else None. No gradient.
+        subset: [S] int64, ascending: choose among these latents only (k becomes min(k, S)).
+        sparse_grad: give W_enc a row-sparse COO gradient, as ``nn.Embedding(sparse=True)`` does.
+        backend: see :mod:`fastsae.backends`.
+
+    Returns:
+        SparseCode over M latents in W_enc's dtype. TopK: min(k, M) entries a token, largest first; where fewer are
+        positive the rest hold 0 and get no gradient. Others: indices ascend within a token.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that don't fit; k > M; an unusable backend.
+
+    Source: Gao et al. 2024, arXiv 2406.04093.
+    """
+    check_type("activation", activation, (TopK, BatchTopK, JumpReLU, ReLU), "TopK, BatchTopK, JumpReLU or ReLU")
+    x, W_enc, b_enc = _autocast(x, W_enc, b_enc)
+    _check_weights("W_enc", W_enc, "b_enc", b_enc, W_enc.shape[:1] if isinstance(W_enc, Tensor) else None)
+    check_input("x", x, W_enc)
+    m = W_enc.shape[0]
+    k = getattr(activation, "k", 0)
+    if k > m:
+        reject("k", k, f"an integer in 1..{m} (rows of W_enc)")
+    rule, threshold = _selection(activation, threshold, W_enc)
+    if subset is not None:
+        check_type("subset", subset, Tensor, "a tensor of latents")
+        if subset.dtype != torch.int64 or subset.ndim != 1:
+            reject("subset", f"{subset.dtype} {tuple(subset.shape)}", "torch.int64 [S]")
+        threshold = threshold[subset] if threshold is not None and threshold.ndim else threshold
+        k = min(k, len(subset))
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    values, indices, offsets = Encode.apply(
+        flat, W_enc, b_enc, threshold, subset, rule, k, resolve(backend), sparse_grad
+    )
+    return SparseCode(values, indices, offsets, m, tuple(x.shape[:-1]), per_token=k if rule == "topk" else None)
+
+
+def decode(
+    code: SparseCode,
+    W_dec: Tensor,
+    b_dec: Tensor | None = None,
+    *,
+    sparse_grad: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Reconstruct tokens from their active latents.
+
+        x_hat[n] = sum_j values[j] * W_dec[indices[j]] + b_dec    over the entries j of token n
+
+    Reads nnz rows of ``W_dec`` and never forms the dense [N, M] code. Sums in fp32, rounds once.
+
+    Args:
+        code: activations of N tokens over M latents; values differentiable.
+        W_dec: [M, d_out], contiguous. Differentiable.
+        b_dec: [d_out] or None. Differentiable.
+        sparse_grad: give W_dec a row-sparse COO gradient.
+        backend: see :mod:`fastsae.backends`.
+
+    Returns:
+        [*leading, d_out] in the dtype of ``W_dec``.
+
+    Raises:
+        ValueError: an index outside [0, M), or shapes, dtypes or devices that don't fit.
+
+    Source: Gao et al. 2024, arXiv 2406.04093, eq. 1.
+    """
+    check_type("code", code, SparseCode, "a SparseCode")
+    values, W_dec, b_dec = _autocast(code.values, W_dec, b_dec)
+    _check_weights("W_dec", W_dec, "b_dec", b_dec, W_dec.shape[1:] if isinstance(W_dec, Tensor) else None)
+    if code.n_latents != W_dec.shape[0]:
+        reject("code", f"a code over {code.n_latents} latents", f"{W_dec.shape[0]}, the rows of W_dec")
+    if values.device != W_dec.device or values.dtype != W_dec.dtype:
+        reject("code", f"{values.dtype} on {values.device}", f"{W_dec.dtype} on {W_dec.device}, as W_dec")
+    if code.indices.device.type == "cpu":  # elsewhere the check would make the host wait
+        check_indices(code)
+    x_hat = Decode.apply(values, code.indices, code.offsets, W_dec, b_dec, resolve(backend), sparse_grad)
+    return x_hat.view(*code.leading, W_dec.shape[1])
+
+
+def check_input(name: str, x: Tensor, weight: Tensor, width: int | None = None) -> None:
+    """Raise unless ``x`` is [..., width] in the dtype and on the device of ``weight`` [M, width]."""
+    check_type(name, x, Tensor, "a tensor")
+    width = weight.shape[1] if width is None else width
+    if x.ndim == 0 or x.shape[-1] != width:
+        reject(name, f"shape {tuple(x.shape)}", f"[..., {width}]")
+    if x.dtype != weight.dtype:
+        reject(name, x.dtype, f"{weight.dtype}, the weights' dtype")
+    if x.device != weight.device:
+        reject(name, f"a tensor on {x.device}", f"one on {weight.device}, where the weights are")
+
+
+def check_indices(code: SparseCode) -> None:
+    """Raise if an index lies outside [0, n_latents)."""
+    stored = code.indices[: int(code.offsets[-1])]
+    if len(stored):
+        low, high = (int(t) for t in stored.aminmax())
+        if low < 0 or high >= code.n_latents:
+            reject("code.indices", f"values in {low}..{high}", f"values in 0..{code.n_latents - 1}")
+
+
+def _selection(activation: Activation, threshold: Tensor | float | None, W: Tensor) -> tuple[str, Tensor | None]:
+    """The operator's rule and its threshold, [M] or scalar, in fp32 (fp64 of fp64)."""
+    m, dtype = W.shape[0], torch.float64 if W.dtype == torch.float64 else torch.float32
+    if threshold is None:
+        if activation.rule != "threshold":
+            return activation.rule, None
+        return "threshold", torch.tensor(getattr(activation, "threshold", 0.0), dtype=dtype, device=W.device)
+    threshold = torch.as_tensor(threshold, dtype=dtype, device=W.device)
+    shapes = {BatchTopK: [()], JumpReLU: [(m,)]}.get(type(activation))
+    if shapes is None or tuple(threshold.shape) not in shapes:
+        expected = "None" if shapes is None else "a scalar" if shapes == [()] else f"[{m}]"
+        reject("threshold", f"shape {tuple(threshold.shape)}", f"{expected} for {type(activation).__name__}")
+    return "threshold", threshold
+
+
+def _check_weights(name: str, W: Tensor, bias_name: str, b: Tensor | None, bias_shape) -> None:
+    check_type(name, W, Tensor, "a tensor")
+    if W.ndim != 2 or not W.is_contiguous():
+        reject(name, f"shape {tuple(W.shape)}, contiguous={W.is_contiguous()}", "a contiguous [n_latents, width]")
+    if W.dtype not in _DTYPES:
+        reject(name, W.dtype, "float32, bfloat16, float16 or float64")
+    if b is not None:
+        check_type(bias_name, b, Tensor, "a tensor or None")
+        if b.shape != bias_shape or b.dtype != W.dtype or b.device != W.device:
+            got = f"{tuple(b.shape)} {b.dtype} on {b.device}"
+            reject(bias_name, got, f"{tuple(bias_shape)} {W.dtype} on {W.device}, as {name}")
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    kinds = {t.device.type for t in tensors if isinstance(t, Tensor)}
+    if len(kinds) != 1 or not torch.is_autocast_enabled(kind := kinds.pop()):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    cast = lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t  # noqa: E731
+    return tuple(cast(t) for t in tensors)

@@ -1,0 +1,58 @@
+"""Loss terms as functions of tensors: in normalised space, in fp32 (fp64 of fp64)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastsae import functional as F
+from fastsae.code import SparseCode
+from fastsae.config import AuxK, TopK
+
+__all__ = ["auxk", "decoder_norm_l1", "error_scale", "reconstruction", "upcast"]
+
+
+def upcast(t: Tensor) -> Tensor:
+    """fp32, or fp64 where it already is."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def error_scale(target: Tensor, kind: str) -> Tensor:
+    """What the sum of squared errors over a batch [N, D] is multiplied by.
+
+    "fvu": 1 / sum ||target - mean||^2, mean over the batch (0 where the batch has no variance). "squared_error": 1 / N.
+    """
+    target = upcast(target.detach())
+    if kind == "squared_error":
+        return target.new_tensor(1 / max(target.shape[0], 1))
+    variance = (target - target.mean(0)).square().sum()
+    return torch.where(variance > 0, 1 / variance, 0)
+
+
+def reconstruction(x_hat: Tensor, target: Tensor, kind: str) -> Tensor:
+    """error_scale * sum_n ||x_hat[n] - target[n]||^2, 0-dim."""
+    return (upcast(x_hat) - upcast(target)).square().sum() * error_scale(target, kind)
+
+
+def auxk(
+    error: Tensor, x: Tensor, dead: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor,
+    term: AuxK, scale: Tensor, **options,
+) -> Tensor:  # fmt: skip
+    """coefficient * min(n_dead / k_aux, 1) * scale * sum ||error - e_hat||^2, 0-dim; 0 where nothing is dead.
+
+    e_hat decodes each token's k_aux largest dead latents, without b_dec: ``error`` [N, d_out] = target - x_hat, detached,
+    already lacks it. ``dead`` [n_dead] int64 ascending; ``x`` [N, d_in] is the encoder's input. See :class:`AuxK`.
+    """
+    if len(dead) == 0:
+        return error.new_zeros(())
+    k = term.resolve_k(x.shape[1])
+    code = F.encode(x, W_enc, b_enc, TopK(min(k, len(dead))), subset=dead, **options)
+    missed = upcast(error.detach()) - upcast(F.decode(code, W_dec, **options))
+    return term.coefficient * min(len(dead) / k, 1.0) * scale * missed.square().sum()
+
+
+def decoder_norm_l1(code: SparseCode, W_dec: Tensor, coefficient: float) -> Tensor:
+    """coefficient * mean_n sum_i f_i ||W_dec[i]||, 0-dim. See :class:`fastsae.DecoderNormL1`."""
+    stored = code.rows() < code.n_tokens
+    norms = torch.linalg.vector_norm(upcast(W_dec), dim=1)[code.indices[stored].long()]
+    return coefficient * (upcast(code.values)[stored] * norms).sum() / max(code.n_tokens, 1)

@@ -1,0 +1,96 @@
+"""The contract: every operator's schema, its fake, and where its implementations live.
+
+``torch.ops.fastsae.<op>(..., backend)`` runs the function of that name in ``fastsae.backends.<backend>``. Arguments are
+two-dimensional, contiguous and already checked (:mod:`fastsae.functional` does that); differentiation is in
+:mod:`fastsae.autograd`. N tokens, D the width, M latents, P stored entries, R rows of a feature-major code.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["BACKENDS", "OPERATORS", "implementation"]
+
+BACKENDS = ("reference", "torch")
+"""Backends with an implementation of every operator, as modules of :mod:`fastsae.backends`."""
+
+OPERATORS = {
+    "encode": "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? threshold, Tensor? subset, str rule, int k, str backend)"
+    " -> (Tensor values, Tensor indices, Tensor offsets)",
+    "decode": "(Tensor values, Tensor indices, Tensor offsets, Tensor W_dec, Tensor? b_dec, str backend) -> Tensor",
+    "code_grad": "(Tensor grad_x_hat, Tensor W_dec, Tensor indices, Tensor offsets, str backend) -> Tensor",
+    "transpose": "(Tensor values, Tensor indices, Tensor offsets, int n_latents, str backend)"
+    " -> (Tensor latents, Tensor starts, Tensor tokens, Tensor order)",
+    "row_grads": "(Tensor coefs, Tensor x, Tensor starts, Tensor tokens, str backend) -> Tensor",
+    "row_update": "(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) last_step, Tensor? rows,"
+    " Tensor? grad, Tensor? coast, float lr, float beta1, float beta2, float eps, int step, bool unit_norm, str backend)"
+    " -> ()",
+}
+"""Schemas. What each operator computes is in the docstrings of :mod:`fastsae.backends.reference`."""
+
+
+def implementation(op: str, backend: str) -> Callable:
+    """The function that runs ``op`` on ``backend``; backends are imported when first used."""
+    return getattr(importlib.import_module(f"fastsae.backends.{backend}"), op)
+
+
+_LIBRARY = torch.library.Library("fastsae", "DEF")
+
+
+def _register(op: str) -> None:
+    def run(*args):
+        return implementation(op, args[-1])(*args[:-1])
+
+    _LIBRARY.define(op + OPERATORS[op])
+    _LIBRARY.impl(op, run, "CompositeExplicitAutograd")
+
+
+for _op in OPERATORS:
+    _register(_op)
+
+
+@torch.library.register_fake("fastsae::encode")
+def _encode_fake(x, W_enc, b_enc, threshold, subset, rule, k, backend):
+    n, m = x.shape[0], (W_enc if subset is None else subset).shape[0]
+    if rule == "threshold":
+        entries = torch.library.get_ctx().new_dynamic_size()
+    else:
+        entries = n * min(k, m)
+    return W_enc.new_empty(entries), _int32(x, entries), x.new_empty(n + 1, dtype=torch.int64)
+
+
+@torch.library.register_fake("fastsae::decode")
+def _decode_fake(values, indices, offsets, W_dec, b_dec, backend):
+    return W_dec.new_empty(offsets.shape[0] - 1, W_dec.shape[1])
+
+
+@torch.library.register_fake("fastsae::code_grad")
+def _code_grad_fake(grad_x_hat, W_dec, indices, offsets, backend):
+    return grad_x_hat.new_empty(indices.shape[0])
+
+
+@torch.library.register_fake("fastsae::transpose")
+def _transpose_fake(values, indices, offsets, n_latents, backend):
+    entries = indices.shape[0]
+    rows = torch.sym_min(entries, n_latents)
+    empty = lambda n: indices.new_empty(n, dtype=torch.int64)  # noqa: E731
+    return empty(rows), empty(rows + 1), empty(entries), empty(entries)
+
+
+@torch.library.register_fake("fastsae::row_grads")
+def _row_grads_fake(coefs, x, starts, tokens, backend):
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(starts.shape[0] - 1, x.shape[1], dtype=dtype)
+
+
+@torch.library.register_fake("fastsae::row_update")
+def _row_update_fake(*args):
+    return None
+
+
+def _int32(like: Tensor, n: int) -> Tensor:
+    return like.new_empty(n, dtype=torch.int32)

@@ -1,0 +1,5 @@
+"""Optimizers that touch only the rows a batch used."""
+
+from fastsae.optim.row_adam import RowAdam
+
+__all__ = ["RowAdam"]

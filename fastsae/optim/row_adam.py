@@ -1,0 +1,222 @@
+"""RowAdam: Adam whose work is proportional to the rows a batch touched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from fastsae import ops  # noqa: F401  (registers torch.ops.fastsae)
+from fastsae.backends import Backend, resolve
+from fastsae.checks import check_choice, check_number, check_type, reject
+from fastsae.sae import SAE
+
+__all__ = ["RowAdam"]
+
+BLOCK_ELEMENTS = 2**20
+"""Weights updated at a time: the block, its gradient and its moments stay in a CPU's caches."""
+
+_EPSILON = 1e-8  # terms of the coast below this share of the first are left out
+
+
+class RowAdam(torch.optim.Optimizer):
+    """Adam over the rows of [M, D] parameters, in one of three modes.
+
+    ``dense``: torch.optim.Adam's result; every row moves at every step.
+
+    ``lazy``: rows move only when touched, as under torch.optim.SparseAdam. A latent that fires with probability p then
+    learns about 1 / sqrt(p) more slowly than under dense Adam.
+
+    ``deferred``: a touched row first makes up, in closed form, for the steps it missed, then takes its step. With m, v
+    as they were at its last touch t, and T the steps done since then:
+
+        w -= C m / (sqrt v + eps sqrt(1 - b2^t)),   C = sum_{u = t+1..T} lr_u r^(u-t) sqrt(1 - b2^u) / (1 - b1^u)
+        m *= b1^(T-t);   v *= b2^(T-t);   r = b1 / sqrt b2
+
+    which is where dense Adam with zero gradients would have taken it, whatever the learning-rate schedule. Until then
+    the row is read up to C m / sqrt v stale; :meth:`flush_` brings all rows up to date.
+
+    Args:
+        params: an :class:`fastsae.SAE`; or what torch's optimizers take, where parameters of two dimensions are updated
+            by rows (a group may say otherwise with ``row_sparse``) and all others as one.
+        lr, betas, eps: as in torch.optim.Adam. ``lr`` may be changed by torch's schedulers.
+        mode: "dense", "lazy" or "deferred".
+        state_dtype: dtype of the moments; "float32".
+        backend: which backend updates (see :mod:`fastsae.backends`).
+
+    Gradients are read from ``.grad``, dense or row-sparse COO, by :meth:`step`; a row is touched if any entry of its
+    gradient isn't 0. :func:`fastsae.training.train_step` feeds rows directly, without gradient tensors.
+
+    Source: Kingma & Ba 2015, arXiv 1412.6980; the coast by summing its update with zero gradients.
+    """
+
+    def __init__(
+        self,
+        params: SAE | Iterable,
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        mode: str = "deferred",
+        state_dtype: str = "float32",
+        backend: Backend = "auto",
+    ) -> None:
+        check_number("lr", lr, low=0.0)
+        for i, beta in enumerate(betas):
+            check_number(f"betas[{i}]", beta, low=0.0)
+            if beta >= 1:
+                reject(f"betas[{i}]", beta, "a number in [0, 1)")
+        check_number("eps", eps, low=0.0)
+        check_choice("mode", mode, ("dense", "lazy", "deferred"))
+        check_choice("state_dtype", state_dtype, ("float32",))
+        resolve(backend)
+        self.backend = backend
+        if isinstance(params, SAE):
+            params = [
+                {"params": [params.W_enc, params.b_enc], "row_sparse": True},
+                {"params": [params.W_dec], "row_sparse": True, "unit_norm": params.config.unit_norm_decoder},
+                {"params": [params.b_dec]},
+            ]
+        elif isinstance(params, nn.Module):
+            params = params.parameters()
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "mode": mode, "row_sparse": None, "unit_norm": False}
+        super().__init__(params, defaults | {"steps": 0, "coast": None})
+
+    # -- public ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> Tensor | None:
+        """Update from the ``.grad`` of every parameter. Raises ValueError at a gradient that holds NaN or Inf."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None and not (_values(param.grad).isfinite().all()):
+                    reject("grad", "a gradient with NaN or Inf", "finite numbers; no parameter was changed")
+        self.begin_step_()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    rows, grad = _touched(param.grad, dense=not self._by_rows(group, param))
+                    self.update_rows_(param, rows, lambda lo, hi, grad=grad: grad[lo:hi])
+        self.end_step_()
+        return loss
+
+    @torch.no_grad()
+    def flush_(self) -> None:
+        """Deferred: bring every row up to date, as dense Adam would have it. Nothing in the other modes."""
+        for group in self.param_groups:
+            if group["mode"] != "deferred" or not group["steps"]:
+                continue
+            for param in group["params"]:
+                if self._by_rows(group, param) and param in self.state:
+                    for lo, hi in self._blocks(param):
+                        self._update(group, param, slice(lo, hi), None)
+
+    def row_steps(self, param: Tensor) -> Tensor:
+        """The step up to which each row of ``param`` is up to date, [M] int32."""
+        return self._state(param)["last_step"]
+
+    # -- for train_step: one step is begin_step_, any number of update_rows_, end_step_ --------------------------------
+
+    def begin_step_(self) -> None:
+        """Count the step that the updates up to :meth:`end_step_` belong to."""
+        for group in self.param_groups:
+            group["steps"] += 1
+
+    @torch.no_grad()
+    def update_rows_(self, param: Tensor, rows: Tensor | None, grad: Callable[[int, int], Tensor]) -> None:
+        """Step the given rows of ``param`` (ascending int64; None: all); ``grad(lo, hi)`` is the gradient of
+        rows[lo:hi], [hi - lo, ...], and is asked for a block at a time."""
+        group = next(g for g in self.param_groups if any(p is param for p in g["params"]))
+        if rows is None:
+            for lo, hi in self._blocks(param):
+                self._update(group, param, slice(lo, hi), grad(lo, hi))
+        elif group["mode"] == "dense":
+            for lo, hi in self._blocks(param):
+                first, last = torch.searchsorted(rows, torch.tensor([lo, hi], device=rows.device)).tolist()
+                block = torch.zeros(hi - lo, *param.shape[1:], dtype=_wide(param), device=param.device)
+                if last > first:
+                    block[rows[first:last] - lo] = grad(first, last).to(block.dtype)
+                self._update(group, param, slice(lo, hi), block)
+        else:
+            for lo, hi in self._blocks(param, len(rows)):
+                self._update(group, param, rows[lo:hi], grad(lo, hi))
+
+    def end_step_(self) -> None:
+        """Add this step's learning rate to what idle rows owe."""
+        for group in self.param_groups:
+            if group["mode"] == "deferred":
+                group["coast"] = _extend_coast(group["coast"], group["steps"], group["lr"], *group["betas"])
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _by_rows(self, group: dict, param: Tensor) -> bool:
+        return param.ndim == 2 if group["row_sparse"] is None else group["row_sparse"]
+
+    def _state(self, param: Tensor) -> dict[str, Tensor]:
+        state = self.state[param]
+        if not state:
+            check_type("param", param, nn.Parameter, "a parameter of this optimizer")
+            state["exp_avg"] = torch.zeros_like(param, dtype=_wide(param), memory_format=torch.contiguous_format)
+            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+            state["last_step"] = torch.zeros(param.shape[:1], dtype=torch.int32, device=param.device)
+        return state
+
+    def _blocks(self, param: Tensor, n_rows: int | None = None) -> list[tuple[int, int]]:
+        n_rows = param.shape[0] if n_rows is None else n_rows
+        size = max(1, BLOCK_ELEMENTS // max(1, math.prod(param.shape[1:])))
+        return [(lo, min(lo + size, n_rows)) for lo in range(0, n_rows, size)]
+
+    def _update(self, group: dict, param: Tensor, rows: Tensor | slice, grad: Tensor | None) -> None:
+        state = self._state(param)
+        wide = [t.detach().view(t.shape[0], -1) for t in (param, state["exp_avg"], state["exp_avg_sq"])]
+        last_step = state["last_step"]
+        if isinstance(rows, slice):  # views of consecutive rows need no gather
+            wide, last_step, rows = [t[rows] for t in wide], last_step[rows], None
+        torch.ops.fastsae.row_update(
+            *wide, last_step, rows, None if grad is None else grad.reshape(grad.shape[0], -1),
+            group["coast"] if group["mode"] == "deferred" else None,
+            float(group["lr"]), *group["betas"], group["eps"], group["steps"], group["unit_norm"], resolve(self.backend),
+        )  # fmt: skip
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _values(grad: Tensor) -> Tensor:
+    return grad._values() if grad.is_sparse else grad
+
+
+def _touched(grad: Tensor, dense: bool) -> tuple[Tensor | None, Tensor]:
+    """The rows a gradient touches, ascending, and their gradients; rows None where all are meant."""
+    if grad.is_sparse:
+        grad = grad.coalesce()
+        return grad.indices()[0], grad.values()
+    if dense:
+        return None, grad
+    rows = grad.view(grad.shape[0], -1).ne(0).any(1).nonzero().flatten()
+    return rows, grad[rows]
+
+
+def _extend_coast(coast: Tensor | None, step: int, lr: float, beta1: float, beta2: float) -> Tensor:
+    """The coast table after ``step``: coast[t] += lr r^(step - t) sqrt(1 - beta2^step) / (1 - beta1^step) for t < step.
+
+    The table grows by doubling; only its first step + 1 places mean something. Kept for every t, not as a window of
+    recent learning rates: a row long idle moved mostly right after its last touch.
+    """
+    if coast is None or len(coast) <= step:
+        grown = torch.zeros(max(256, 2 * step), dtype=torch.float64)
+        if coast is not None:
+            grown = grown.to(coast.device)
+            grown[: len(coast)] = coast
+        coast = grown
+    r = beta1 / math.sqrt(beta2) if beta2 else 0.0
+    reach = step if r >= 1 else min(step, math.ceil(math.log(_EPSILON) / math.log(r))) if r > 0 else 0
+    age = torch.arange(reach, 0, -1, dtype=torch.float64, device=coast.device)
+    coast[step - reach : step] += lr * math.sqrt(1 - beta2**step) / (1 - beta1**step) * r**age
+    return coast

@@ -1,0 +1,393 @@
+"""The module: parameters, encode, decode, forward, and the training loss of a dictionary."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastsae import functional as F
+from fastsae import losses
+from fastsae.backends import Backend, resolve
+from fastsae.checks import BadValue, check_choice, check_type, reject
+from fastsae.code import SparseCode
+from fastsae.config import AuxK, BatchTopK, DecoderNormL1, JumpReLU, SAEConfig
+
+__all__ = ["SAE", "TrainingOutput", "load"]
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+_FORMAT = "fastsae/1"
+_THRESHOLD_DECAY = 0.999
+
+
+class TrainingOutput(NamedTuple):
+    """What a training forward gives: x_hat as forward returns it, its code, and the loss in normalised space."""
+
+    x_hat: Tensor
+    code: SparseCode
+    loss: Tensor
+    losses: dict[str, Tensor]
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder (or transcoder, with a target) of ``config.n_latents`` features.
+
+        code  = activation(normalise(x - b_dec if subtract_b_dec) W_enc^T + b_enc)
+        x_hat = denormalise(sum_i f_i W_dec[i] + b_dec)
+
+    A drop-in module: any leading shape in, the same out; inputs are raw, normalisation is inside. Decoder rows start as
+    random directions (length 1, or 0.1 where the rows aren't kept at unit length), W_enc = W_dec, biases 0; a transcoder
+    (d_out != d_in) starts with W_dec = 0.
+
+    Attributes:
+        W_enc, b_enc, W_dec, b_dec: [M, d_in], [M], [M, d_out], [d_out]; one row per latent.
+        threshold: fp32 buffer; BatchTopK: 0-dim, -1 while unset; JumpReLU: [M].
+        norm_scale: fp32 0-dim buffer of "scalar" normalisation, -1 while unset.
+        last_fired, tokens_seen: int64 buffers [M], 0-dim: tokens seen in training, and how many when each latent last
+            fired.
+        backend: which backend runs the operators (see :mod:`fastsae.backends`).
+        sparse_grad: give W_enc and W_dec row-sparse COO gradients.
+    """
+
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+    last_fired: Tensor
+    tokens_seen: Tensor
+
+    def __init__(
+        self,
+        config: SAEConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        weight_format: str = "float32",
+        sparse_grad: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        check_type("config", config, SAEConfig, "an SAEConfig")
+        check_type("dtype", dtype, torch.dtype, "a torch dtype")
+        if not dtype.is_floating_point:
+            reject("dtype", dtype, "a floating dtype")
+        check_choice("weight_format", weight_format, ("float32",))
+        resolve(backend)
+        self.config, self.weight_format = config, weight_format
+        self.sparse_grad, self.backend = sparse_grad, backend
+        m, place = config.n_latents, {"device": device, "dtype": dtype}
+        self.W_enc = nn.Parameter(torch.empty(m, config.d_in, **place))
+        self.b_enc = nn.Parameter(torch.empty(m, **place))
+        self.W_dec = nn.Parameter(torch.empty(m, config.d_out, **place))
+        self.b_dec = nn.Parameter(torch.empty(config.d_out, **place))
+        if isinstance(config.activation, BatchTopK):
+            self.register_buffer("threshold", torch.tensor(-1.0, device=device))
+        elif isinstance(config.activation, JumpReLU):
+            self.register_buffer("threshold", torch.full((m,), config.activation.threshold, device=device))
+        if config.normalization == "scalar":
+            self.register_buffer("norm_scale", torch.tensor(-1.0, device=device))
+        self.register_buffer("last_fired", torch.zeros(m, dtype=torch.int64, device=device))
+        self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64, device=device))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw new initial weights from torch's global generator."""
+        self.b_enc.zero_()
+        self.b_dec.zero_()
+        self.W_enc.normal_()
+        self.W_enc.div_(losses.upcast(self.W_enc).norm(dim=1, keepdim=True).to(self.W_enc.dtype))
+        if not self.config.unit_norm_decoder:
+            self.W_enc.mul_(0.1)
+        if self.config.d_out == self.config.d_in:
+            self.W_dec.copy_(self.W_enc)
+        else:
+            self.W_dec.zero_()
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"d_in={c.d_in}, n_latents={c.n_latents}, d_out={c.d_out}, activation={c.activation}"
+
+    def _apply(self, fn, recurse=True):
+        # thresholds and the normalisation scalar stay fp32 when the module is cast
+        kept = {name: self._buffers.pop(name) for name in ("threshold", "norm_scale") if name in self._buffers}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            self._buffers[name] = buffer.to(fn(buffer).device)
+        return self
+
+    # -- inference ---------------------------------------------------------------------------------------------------
+
+    def encode_sparse(self, x: Tensor) -> SparseCode:
+        """The sparse code of raw inputs [..., d_in].
+
+        BatchTopK uses its threshold in ``eval()`` (the batch's own rule while unset), the batch in ``train()``.
+        """
+        encoder_input, mean, scale = self.encoder_input(x)
+        threshold = getattr(self, "threshold", None)
+        if isinstance(self.config.activation, BatchTopK) and (self.training or threshold < 0):
+            threshold = None
+        code = F.encode(
+            encoder_input, self.W_enc, self.b_enc, self.config.activation, threshold=threshold, **self._options()
+        )
+        code.mean, code.scale = mean, scale
+        return code
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The dense code [..., n_latents] of raw inputs [..., d_in]. At full width prefer :meth:`encode_sparse`."""
+        return self.encode_sparse(x).to_dense()
+
+    def decode(self, code: SparseCode | Tensor) -> Tensor:
+        """Raw reconstructions [..., d_out] of a SparseCode or of a dense code [..., n_latents]."""
+        if isinstance(code, SparseCode):
+            return self._restore(F.decode(code, self.W_dec, self.b_dec, **self._options()), code)
+        F.check_input("code", code, self.W_dec, self.config.n_latents)
+        if self.config.normalization == "layer_norm":
+            reject("code", "a dense tensor", "a SparseCode, which carries the mean and scale that layer_norm removed")
+        return self._restore(code @ self.W_dec + self.b_dec, None)
+
+    def forward(
+        self, x: Tensor, target: Tensor | None = None, return_loss: bool = False
+    ) -> Tensor | TrainingOutput:
+        """x_hat [..., d_out] of raw inputs; with ``return_loss``, what :meth:`training_forward` returns."""
+        return self.training_forward(x, target) if return_loss else self.decode(self.encode_sparse(x))
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def training_forward(self, x: Tensor, target: Tensor | None = None) -> TrainingOutput:
+        """Reconstruct ``target`` (x where None) and compute the loss of ``config`` in normalised space, in fp32.
+
+            loss = reconstruction + sum of config.losses;  the terms by name in ``losses``, coefficients included
+
+        In ``train()`` mode also counts which latents fired and moves BatchTopK's threshold. "scalar" normalisation that
+        is still unset is estimated from ``x`` (see :meth:`calibrate_`, which takes a better sample).
+        """
+        if self.training:
+            self.estimate_norm_scale_(x)
+        code = self.encode_sparse(x)
+        x_hat = F.decode(code, self.W_dec, self.b_dec, **self._options())
+        if self.training:
+            self.count_firing_(code)
+        flat_hat = x_hat.reshape(-1, x_hat.shape[-1])
+        flat_target = self.normalise_target(x, target, code).reshape(-1, x_hat.shape[-1])
+        terms = {"reconstruction": losses.reconstruction(flat_hat, flat_target, self.config.reconstruction)}
+        for term in self.config.losses:
+            if isinstance(term, AuxK):
+                encoder_input = self.encoder_input(x)[0].reshape(-1, self.config.d_in)
+                terms[term.name] = losses.auxk(
+                    flat_target - flat_hat.detach(), encoder_input, self.dead_latents(), self.W_enc, self.b_enc,
+                    self.W_dec, term, losses.error_scale(flat_target, self.config.reconstruction), **self._options(),
+                )  # fmt: skip
+            elif isinstance(term, DecoderNormL1):
+                terms[term.name] = losses.decoder_norm_l1(code, self.W_dec, term.coefficient)
+        return TrainingOutput(self._restore(x_hat, code), code, sum(terms.values()), terms)
+
+    def encoder_input(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What W_enc is applied to: normalised x, less b_dec where it is subtracted; and layer norm's mean and scale."""
+        x, mean, scale = self._normalise(x)
+        return x - self.b_dec if self.config.subtract_b_dec else x, mean, scale
+
+    def normalise_target(self, x: Tensor, target: Tensor | None, code: SparseCode) -> Tensor:
+        """The target in the space of the loss; x's own normalisation, layer norm's per-token numbers included."""
+        if target is None:
+            if self.config.d_out != self.config.d_in:
+                reject("target", None, f"a tensor [..., {self.config.d_out}], since d_out differs from d_in")
+            return self._normalise(x)[0]
+        F.check_input("target", target, self.W_dec)
+        if target.shape[:-1] != x.shape[:-1]:
+            reject("target", f"shape {tuple(target.shape)}", f"{(*x.shape[:-1], self.config.d_out)}, as x")
+        if self.config.normalization == "scalar":
+            return (target * self.norm_scale).to(target.dtype)
+        if code.mean is None or code.scale is None:
+            return target
+        flat = losses.upcast(target).reshape(-1, target.shape[-1])
+        return ((flat - code.mean) / code.scale).to(target.dtype).view(target.shape)
+
+    @torch.no_grad()
+    def calibrate_(self, x: Tensor) -> SAE:
+        """Set what is estimated from data once, before training, from a sample ``x`` [n, d_in].
+
+        "scalar" normalisation: norm_scale = sqrt(d_in / mean ||x||^2). With ``subtract_b_dec``: b_dec = the geometric
+        median of the normalised sample (Weiszfeld's iteration).
+        """
+        F.check_input("x", x, self.W_enc)
+        flat = x.reshape(-1, x.shape[-1])
+        if not flat.numel() or not flat.isfinite().all():
+            reject("x", "a sample that is empty or holds NaN or Inf", "finite activations [n, d_in]")
+        self.estimate_norm_scale_(flat, again=True)
+        if self.config.subtract_b_dec:
+            self.b_dec.copy_(_geometric_median(losses.upcast(self._normalise(flat)[0])))
+        return self
+
+    @torch.no_grad()
+    def estimate_norm_scale_(self, x: Tensor, again: bool = False) -> None:
+        """Set "scalar" normalisation's norm_scale from ``x`` where it is still unset (or ``again``)."""
+        if self.config.normalization != "scalar" or not (again or self.norm_scale < 0):
+            return
+        power = losses.upcast(x).reshape(-1, x.shape[-1]).square().sum(1).mean()
+        if not power > 0 or not power.isfinite():
+            reject("x", f"a sample with mean ||x||^2 = {power.item():g}", "one that isn't zero, NaN or Inf")
+        self.norm_scale.copy_((self.config.d_in / power).sqrt())
+
+    @torch.no_grad()
+    def count_firing_(self, code: SparseCode) -> None:
+        """Note a training batch: which latents fired, and for BatchTopK the smallest positive value it kept."""
+        self.tokens_seen += code.n_tokens
+        stored = (code.rows() < code.n_tokens) & (code.values > 0)
+        fired = code.indices[stored].long()
+        self.last_fired[fired] = self.tokens_seen
+        if isinstance(self.config.activation, BatchTopK) and len(fired):
+            smallest = code.values[stored].min().float()
+            moved = _THRESHOLD_DECAY * self.threshold + (1 - _THRESHOLD_DECAY) * smallest
+            self.threshold.copy_(torch.where(self.threshold < 0, smallest, moved))
+
+    def dead_latents(self, dead_after: int | None = None) -> Tensor:
+        """Latents that haven't fired for ``dead_after`` tokens (AuxK's own where None), ascending int64."""
+        if dead_after is None:
+            dead_after = next((t.dead_after for t in self.config.losses if isinstance(t, AuxK)), AuxK().dead_after)
+        return (self.tokens_seen - self.last_fired >= dead_after).nonzero().flatten()
+
+    @torch.no_grad()
+    def constrain_gradients_(self) -> None:
+        """Where the decoder is unit-norm, remove each row gradient's part along its row; call before the optimizer."""
+        grad = self.W_dec.grad
+        if not self.config.unit_norm_decoder or grad is None:
+            return
+        if grad.is_sparse:
+            grad = grad.coalesce()
+            rows, values = self.W_dec[grad.indices()[0]], grad.values()
+        else:
+            rows, values = self.W_dec, grad
+        unit = nn.functional.normalize(rows, dim=1)
+        values.sub_(unit * (values * unit).sum(1, keepdim=True))
+        self.W_dec.grad = grad
+
+    @torch.no_grad()
+    def constrain_weights_(self) -> None:
+        """Where the decoder is unit-norm, divide each row by its length; call after the optimizer."""
+        if self.config.unit_norm_decoder:
+            self.W_dec.copy_(nn.functional.normalize(self.W_dec, dim=1))
+
+    def full_precision(self, name: str) -> Tensor:
+        """The weight ``name`` with all its bits, whatever the format: at least fp32."""
+        check_choice("name", name, ("W_enc", "b_enc", "W_dec", "b_dec"))
+        return losses.upcast(getattr(self, name).detach())
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write config.json and model.safetensors, each atomically (a reader sees the old file or the new one)."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
+        write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, {"format": _FORMAT}))
+        text = json.dumps({"format": _FORMAT, **self.config.to_dict()}, indent=2) + "\n"
+        write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text))
+
+    @classmethod
+    def load(
+        cls, directory: str | os.PathLike, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> SAE:
+        """Read what :meth:`save` wrote, on ``device``, in ``dtype`` (the file's where None).
+
+        Raises:
+            ValueError: no such files; a truncated or foreign file; missing, extra or misshapen tensors; NaN or Inf.
+        """
+        folder = Path(directory)
+        config = _read_config(folder / CONFIG_FILE)
+        tensors = _read_tensors(folder / WEIGHTS_FILE)
+        with torch.device("meta"):
+            sae = cls(config)
+        expected = {name: tuple(t.shape) for name, t in sae.state_dict().items()}
+        got = {name: tuple(t.shape) for name, t in tensors.items()}
+        if got != expected:
+            different = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
+            name = different[0]
+            reject(f"{folder / WEIGHTS_FILE}", f"{name} {got.get(name, 'missing')}", f"{expected.get(name, 'no such tensor')}")  # fmt: skip
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                reject(f"{folder / WEIGHTS_FILE}", f"NaN or Inf in {name}", "finite weights")
+        sae.load_state_dict(tensors, assign=True)
+        sae.requires_grad_(True)
+        return sae.to(device=device, dtype=dtype)
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _options(self) -> dict:
+        return {"sparse_grad": self.sparse_grad, "backend": self.backend}
+
+    def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Normalised x, and for layer norm the per-token mean and scale [N, 1] that restore it."""
+        F.check_input("x", x, self.W_enc)
+        if self.config.normalization == "none":
+            return x, None, None
+        if self.config.normalization == "scalar":
+            if self.norm_scale < 0:
+                raise BadValue("norm_scale: got no value yet, expected sae.calibrate_(sample) or a training step first")
+            return (x * self.norm_scale).to(x.dtype), None, None
+        wide = losses.upcast(x)
+        mean = wide.mean(-1, keepdim=True)
+        scale = wide.std(-1, keepdim=True, correction=min(1, x.shape[-1] - 1)) + 1e-5
+        return ((wide - mean) / scale).to(x.dtype), mean.reshape(-1, 1), scale.reshape(-1, 1)
+
+    def _restore(self, x_hat: Tensor, code: SparseCode | None) -> Tensor:
+        if self.config.normalization == "scalar":
+            return (x_hat / self.norm_scale).to(x_hat.dtype)
+        if self.config.normalization == "none":
+            return x_hat
+        if code is None or code.mean is None or code.scale is None:
+            reject("code", "a code without mean and scale", "one that this dictionary's encode_sparse made")
+        flat = losses.upcast(x_hat).reshape(-1, x_hat.shape[-1])
+        return (flat * code.scale + code.mean).to(x_hat.dtype).view(x_hat.shape)
+
+
+def load(path: str | os.PathLike, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SAE:
+    """Load a dictionary from a folder that :meth:`SAE.save` or a training run wrote."""
+    return SAE.load(path, device=device, dtype=dtype)
+
+
+def write_atomically(path: Path, write) -> None:
+    """Let ``write(temporary)`` make a file beside ``path``, then rename it into place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_config(path: Path) -> SAEConfig:
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise BadValue(f"{path}: got no readable file, expected the config.json that SAE.save writes") from error
+    except ValueError as error:
+        raise BadValue(f"{path}: got text that isn't JSON ({error}), expected the config.json of SAE.save") from error
+    if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
+        reject(str(path), "a config of another format", f'one with "format": "{_FORMAT}"')
+    return SAEConfig.from_dict(data)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise BadValue(f"{path}: got no whole safetensors file ({error}), expected the one SAE.save writes") from error
+
+
+def _geometric_median(x: Tensor, iterations: int = 30) -> Tensor:
+    """The point with the least sum of distances to the rows of x [n, D], by Weiszfeld's iteration."""
+    median = x.mean(0)
+    for _ in range(iterations):
+        weight = 1 / (x - median).norm(dim=1).clamp_min(1e-6)
+        median = (weight[:, None] * x).sum(0) / weight.sum()
+    return median

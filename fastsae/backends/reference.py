@@ -143,19 +143,12 @@ def row_update(
 
 
 def _coast(w, m, v, last, coast, beta1, beta2, eps, until):
-    missed = (until - last).clamp_min(0).to(torch.float64)
-    c, e, decay1, decay2 = (
-        t.to(w.dtype)[:, None]
-        for t in (
-            coast[last] * (missed > 0),
-            eps * (1 - beta2 ** last.double()).sqrt(),
-            beta1**missed,
-            beta2**missed,
-        )
-    )
-    # a row never touched has m = v = 0 and, at eps = 0, would divide 0 by 0
-    step = torch.where(m == 0, m, m / (v.sqrt() + e))
-    return w - c * step, decay1 * m, decay2 * v
+    missed = (until - last).clamp_min(0).double()
+    owed = coast[last] * (missed > 0)
+    # a row never touched has m = v = 0: any divisor but 0 will do
+    floor = torch.where(last == 0, 1.0, eps * (1 - beta2 ** last.double()).sqrt())
+    owed, floor, decay1, decay2 = (t.to(w.dtype)[:, None] for t in (owed, floor, beta1**missed, beta2**missed))
+    return w - owed * m / (v.sqrt() + floor), decay1 * m, decay2 * v
 
 
 def _upcast(t: Tensor) -> Tensor:

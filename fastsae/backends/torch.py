@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from fastsae.backends.reference import _coast
-
 __all__ = ["code_grad", "decode", "encode", "row_grads", "row_update", "transpose"]
 
 BLOCK_SCORES = 2**22
@@ -119,13 +117,12 @@ def _candidates(scores: Tensor, lo: int, group: int, tau: Tensor | None, k: int)
     if tau is None:  # k groups reach the k-th largest maximum, so at least k scores do
         tau = maxima.topk(k, dim=1).values[:, -1:]
     rows, offset = (maxima >= tau if first else maxima > tau).nonzero(as_tuple=True)
-    hits = grouped[rows, :, offset]
+    hits = grouped[rows, :, offset]  # [groups that may hold a candidate, group]
     rank = _rank(hits)
-    keep = rank >= tau[rows] if first else rank > tau[rows]
-    within = torch.arange(group, device=scores.device) * stride
-    columns = within + offset[:, None]
-    keep &= columns < width
-    rows, columns, values = rows[:, None].expand_as(hits)[keep], columns[keep], hits[keep]
+    hit, member = (rank >= tau[rows] if first else rank > tau[rows]).nonzero(as_tuple=True)
+    rows, columns, values = rows[hit], member * stride + offset[hit], hits[hit, member]
+    if scores.shape[1] > width:  # padding can pass where every score is -Inf
+        rows, columns, values = (t[columns < width] for t in (rows, columns, values))
     order = (rows * width + columns).argsort()
     return rows[order], (columns[order] + lo).int(), values[order]
 
@@ -249,29 +246,48 @@ def row_update(
     coast: Tensor | None, lr: float, beta1: float, beta2: float, eps: float, step: int, unit_norm: bool,
 ) -> None:  # fmt: skip
     """See :func:`fastsae.backends.reference.row_update`."""
-    index = slice(None) if rows is None else rows
     tensors = (weight, exp_avg, exp_avg_sq)
     # views where every row is meant, so that in-place arithmetic is the whole update
     w, m, v = (_upcast(t if rows is None else t.index_select(0, rows)) for t in tensors)
-    if coast is not None:
-        w, m, v = _coast(w, m, v, last_step[index].long(), coast, beta1, beta2, eps, step - (grad is not None))
+    last = last_step if rows is None else last_step[rows]
+    if coast is not None and (missed := step - (grad is not None) - last).any():
+        _coast_(w, m, v, missed, last, coast, beta1, beta2, eps)
     if grad is not None:
         g = grad.to(w.dtype)
         if unit_norm:
-            unit = nnf.normalize(w, dim=1)
-            g = g - unit * (g * unit).sum(1, keepdim=True)
-        m = m.lerp(g, 1 - beta1)
-        v = (v * beta2).addcmul_(g, g, value=1 - beta2)
-        denominator = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
-        w = w.addcdiv(m, denominator, value=-lr / (1 - beta1**step))
+            along = _dot(g, w) / _dot(w, w).clamp_min(torch.finfo(w.dtype).tiny)
+            g = torch.addcmul(g, w, along, value=-1)
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        correction = (1 - beta2**step) ** 0.5
+        w.addcdiv_(m, v.sqrt().add_(eps * correction), value=-lr * correction / (1 - beta1**step))
     if unit_norm:
-        w = nnf.normalize(w, dim=1)
+        w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min_(1e-12))
     for tensor, new in zip(tensors, (w, m, v), strict=True):
-        if rows is None:
-            tensor.copy_(new)
-        else:
+        if rows is not None:
             tensor.index_copy_(0, rows, new.to(tensor.dtype))
-    last_step[index] = step
+        elif new.dtype != tensor.dtype:
+            tensor.copy_(new)
+    if rows is None:
+        last_step.fill_(step)
+    else:
+        last_step[rows] = step
+
+
+def _coast_(w, m, v, missed, last, coast, beta1, beta2, eps) -> None:
+    missed, last = missed.clamp_min(0).double(), last.long()
+    owed = coast[last] * (missed > 0)
+    # a row never touched has m = v = 0: any divisor but 0 will do
+    floor = torch.where(last == 0, 1.0, eps * (1 - beta2 ** last.double()).sqrt())
+    owed, floor, decay1, decay2 = (t.to(w.dtype)[:, None] for t in (owed, floor, beta1**missed, beta2**missed))
+    w.addcdiv_(m * owed, v.sqrt().add_(floor), value=-1)
+    m.mul_(decay1)
+    v.mul_(decay2)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row by row, [R, 1]."""
+    return torch.bmm(a[:, None, :], b[:, :, None])[:, 0]
 
 
 def _rank(scores: Tensor) -> Tensor:

@@ -120,6 +120,15 @@ class RowAdam(torch.optim.Optimizer):
         """The step up to which each row of ``param`` is up to date, [M] int32."""
         return self._state(param)["last_step"]
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restore what ``state_dict()`` gave, every tensor in the dtype it was saved in."""
+        super().load_state_dict(state_dict)
+        # torch casts all states to their parameter's dtype, which would ruin counters and fp32 moments of bf16 weights
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, state in state_dict["state"].items():
+            param = params[index]
+            self.state[param] = {name: t.to(param.device, copy=True) for name, t in state.items()}
+
     # -- for train_step: one step is begin_step_, any number of update_rows_, end_step_ --------------------------------
 
     def begin_step_(self) -> None:
@@ -150,7 +159,10 @@ class RowAdam(torch.optim.Optimizer):
         """Add this step's learning rate to what idle rows owe."""
         for group in self.param_groups:
             if group["mode"] == "deferred":
-                group["coast"] = _extend_coast(group["coast"], group["steps"], group["lr"], *group["betas"])
+                coast = group["coast"]
+                if coast is None:
+                    coast = torch.zeros(0, dtype=torch.float64, device=group["params"][0].device)
+                group["coast"] = _extend_coast(coast, group["steps"], float(group["lr"]), *group["betas"])
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -203,18 +215,14 @@ def _touched(grad: Tensor, dense: bool) -> tuple[Tensor | None, Tensor]:
     return rows, grad[rows]
 
 
-def _extend_coast(coast: Tensor | None, step: int, lr: float, beta1: float, beta2: float) -> Tensor:
+def _extend_coast(coast: Tensor, step: int, lr: float, beta1: float, beta2: float) -> Tensor:
     """The coast table after ``step``: coast[t] += lr r^(step - t) sqrt(1 - beta2^step) / (1 - beta1^step) for t < step.
 
     The table grows by doubling; only its first step + 1 places mean something. Kept for every t, not as a window of
     recent learning rates: a row long idle moved mostly right after its last touch.
     """
-    if coast is None or len(coast) <= step:
-        grown = torch.zeros(max(256, 2 * step), dtype=torch.float64)
-        if coast is not None:
-            grown = grown.to(coast.device)
-            grown[: len(coast)] = coast
-        coast = grown
+    if len(coast) <= step:
+        coast = torch.nn.functional.pad(coast, (0, max(256, 2 * step) - len(coast)))
     r = beta1 / math.sqrt(beta2) if beta2 else 0.0
     reach = step if r >= 1 else min(step, math.ceil(math.log(_EPSILON) / math.log(r))) if r > 0 else 0
     age = torch.arange(reach, 0, -1, dtype=torch.float64, device=coast.device)

@@ -1,0 +1,56 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# --no-compile: Python compiles the modules that are imported, which are a tenth of those installed.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+NATIVE := $(wildcard csrc/*.h csrc/*.cuh csrc/*.cu csrc/*.cpp)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all check format bench bench-gpu clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) ## train and report a dictionary of a real transformer, offline; writes runs/demo
+	$(BIN)/fastsae demo
+
+test: $(INSTALLED) ## run the tests, without the slow ones
+	$(BIN)/pytest
+
+test-all: $(INSTALLED) ## run the slow tests, which `test` leaves out
+	$(BIN)/pytest -m slow
+
+check: $(INSTALLED_DEV) ## lint, formatting, types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+format: $(INSTALLED_DEV) ## rewrite the sources in the house format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(NATIVE)
+
+bench: $(INSTALLED) ## run the quick benchmarks
+	$(BIN)/python -m fastsae.benchmarks
+
+bench-gpu: $(INSTALLED) ## run the GPU benchmarks
+	$(BIN)/python -m fastsae.benchmarks --suite gpu
+
+clean: ## remove the environment and everything built; results in runs/ stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks fastsae/_cuda*.so
+	find fastsae kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer: make PYTHON=...")'
+	@echo "Installing into $(VENV): about a minute the first time, longer where torch comes with CUDA."
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[demo,test]'
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	$(PIP) --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,307 @@
+"""Activations on disk: written once, memory-mapped ever after."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsae.checks import BadType, BadValue, check_choice, check_type, reject
+from fastsae.data.activations import Activations
+from fastsae.data.tensorfile import TensorWriter, map_tensors
+
+__all__ = ["ActivationStore", "collect", "fetch_rows", "lock", "open_activations", "write_store"]
+
+FORMAT = 1
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DATA, _IDS, _MANIFEST = "activations.safetensors", "token_ids.safetensors", "manifest.json"
+_PARTIAL = ".fastsae-partial"
+
+
+class ActivationStore:
+    """Activations of n_tokens tokens in a file, mapped into memory: nothing is read before it is asked for.
+
+    ``store[rows]`` (a slice, or an integer array or tensor) is a fresh float32 tensor [len(rows), d_in] on
+    the CPU.
+
+    Attributes:
+        path: the folder or file.
+        manifest: what is known of the origin: n_tokens, d_in, dtype, and for folders written by
+            :func:`collect` the format version, checksums and whatever the writer added (model, hook, context,
+            ...).
+        array: [n_tokens, d_in] as it lies on the disk; bfloat16 as the uint16 of its bits.
+        token_ids: [n_tokens] int32, or None where the source had none.
+    """
+
+    def __init__(
+        self, path: Path, manifest: dict[str, Any], array: np.ndarray, token_ids: np.ndarray | None = None
+    ) -> None:
+        self.path, self.manifest, self.array, self.token_ids = path, manifest, array, token_ids
+
+    @classmethod
+    def open(cls, directory: str | Path) -> ActivationStore:
+        """Open a folder written by :func:`collect`.
+
+        Raises:
+            ValueError: there is no complete store of this format version in ``directory``.
+        """
+        path = Path(directory).expanduser()
+        expected = "a folder written by collect"
+        try:
+            manifest = json.loads((path / _MANIFEST).read_text("utf-8"))
+            version, dtype, has_ids = manifest["format"], manifest["dtype"], "token_ids" in manifest["sha256"]
+            shape = (manifest["n_tokens"], manifest["d_in"])
+        except OSError:
+            raise BadValue(f"activations: got '{path}' with no {_MANIFEST}, expected {expected}") from None
+        except (ValueError, KeyError, TypeError):
+            raise BadValue(
+                f"activations: got '{path}' with a damaged {_MANIFEST}, expected {expected}"
+            ) from None
+        if version != FORMAT:
+            reject("activations", f"'{path}' in format {version}", f"format {FORMAT}: collect it again")
+        found = _find_matrix(path / _DATA)
+        ids = map_tensors(path / _IDS).get("token_ids", (None,))[0] if has_ids else None
+        if (found.array.shape, found.dtype) != (shape, dtype) or (
+            has_ids and (ids is None or len(ids) != shape[0])
+        ):
+            reject("activations", f"'{path}', whose files contradict its {_MANIFEST}", expected)
+        return cls(path, manifest, found.array, ids)
+
+    @property
+    def n_tokens(self) -> int:
+        return self.array.shape[0]
+
+    @property
+    def d_in(self) -> int:
+        return self.array.shape[1]
+
+    @property
+    def dtype(self) -> str:
+        """The dtype on the disk, by name."""
+        return self.manifest["dtype"]
+
+    def __len__(self) -> int:
+        return self.n_tokens
+
+    def __getitem__(self, rows: slice | np.ndarray | Tensor) -> Tensor:
+        if isinstance(rows, slice):
+            return self._to_float32(self.array[rows].copy())
+        # Straight after the order asked for: sorting the rows first is slower on cached files and no faster
+        # on cold ones (1024 of 345 k rows of 1.5 kB: 0.19 ms against 0.33 warm, 9 against 11 cold).
+        return self._to_float32(np.take(self.array, np.asarray(rows), axis=0))
+
+    def _to_float32(self, block: np.ndarray) -> Tensor:
+        if self.dtype == "bfloat16":
+            return torch.from_numpy(block).view(torch.bfloat16).float()
+        return torch.from_numpy(block.astype(np.float32, copy=False))
+
+    def verify(self) -> None:
+        """Compare the data with the checksums of the manifest; reads everything.
+
+        Raises:
+            ValueError: they differ.
+        """
+        for name, expected in self.manifest.get("sha256", {}).items():
+            array = self.array if name == "activations" else self.token_ids
+            if hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() != expected:
+                got = f"'{self.path}', whose {name} differ from their checksum"
+                reject("activations", got, "the data that collect wrote")
+
+
+def fetch_rows(x: ActivationStore | np.ndarray | Tensor, rows: np.ndarray) -> Tensor:
+    """Return ``x[rows]`` as a float32 tensor [len(rows), d]."""
+    if isinstance(x, Tensor):
+        return x[torch.from_numpy(rows).to(x.device)].float()
+    if isinstance(x, ActivationStore):
+        return x[rows]
+    return torch.from_numpy(np.take(x, rows, axis=0).astype(np.float32, copy=False))
+
+
+def open_activations(path: str | Path) -> ActivationStore:
+    """Open activations from a file or a folder, memory-mapped.
+
+    Args:
+        path: a ``.npy`` file, a ``.safetensors`` file whose only floating [n, d_in] tensor it is (or the one
+            that is named ``activations``), or a folder written by :func:`collect`.
+
+    Raises:
+        ValueError: nothing of the kind, a truncated file, or one that holds pickled objects.
+    """
+    check_type("activations", path, (str, Path), "a file or a folder")
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return ActivationStore.open(path)
+    if path.suffix not in (".safetensors", ".npy") or not path.exists():
+        got = f"'{path}'" if path.exists() else f"'{path}', which doesn't exist"
+        reject("activations", got, "a .safetensors or .npy file, or a folder written by collect")
+    if path.suffix == ".safetensors":
+        return _find_matrix(path)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise BadValue(
+            f"activations: got '{path}', expected a whole .npy file of numbers ({error})"
+        ) from None
+    if not isinstance(array, np.ndarray):
+        array.close()
+        _not_a_matrix(path, "an archive")
+    return _store(path, array, array.dtype.name)
+
+
+def collect(
+    chunks: Iterable[Activations | Tensor],
+    directory: str | Path,
+    *,
+    dtype: str = "float32",
+    metadata: dict[str, Any] | None = None,
+) -> ActivationStore:
+    """Write activations to a new folder, which appears under its name only when it is complete.
+
+    The data grow in a hidden folder beside it, under a lock; what dead runs left there is removed.
+
+    Args:
+        chunks: [n, d_in] tensors, or :class:`Activations` of one hook, whose token ids are kept too.
+        directory: a folder that doesn't exist yet.
+        dtype: "float32", "float16" or "bfloat16", on the disk.
+        metadata: more entries for the manifest; must go into JSON.
+
+    Raises:
+        ValueError: the folder exists, there are no tokens, widths differ, or a value overflows float16.
+    """
+    check_choice("dtype", dtype, _DTYPES)
+    directory = Path(directory).expanduser().absolute()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with lock(directory):
+        if directory.exists():
+            reject("directory", f"'{directory}', which exists already", "a new folder")
+        return write_store(chunks, directory, dtype, metadata or {})
+
+
+def write_store(
+    chunks: Iterable[Activations | Tensor], directory: Path, dtype: str, metadata: dict[str, Any]
+) -> ActivationStore:
+    """Do the work of :func:`collect`; the caller holds the lock of ``directory``, which doesn't exist."""
+    _sweep(directory)
+    partial = _partial(directory)
+    partial.mkdir()
+    try:
+        about = _write_data(chunks, partial, dtype)
+        (partial / _MANIFEST).write_text(json.dumps(metadata | about, indent=2) + "\n", "utf-8")
+        partial.rename(directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return ActivationStore.open(directory)
+
+
+def _write_data(chunks: Iterable[Activations | Tensor], folder: Path, dtype: str) -> dict[str, Any]:
+    """Write the tensors of a store; returns the manifest's entries about them."""
+    with ExitStack() as stack:
+        data = stack.enter_context(TensorWriter(folder / _DATA, "activations", _DTYPES[dtype]))
+        ids: TensorWriter | None = None
+        width = None
+        for chunk in chunks:
+            x, token_ids = (chunk.x, chunk.token_ids) if isinstance(chunk, Activations) else (chunk, None)
+            width = _check_chunk(x, token_ids, width)
+            data.write(_narrow(x, dtype))
+            if token_ids is not None:
+                ids = ids or stack.enter_context(TensorWriter(folder / _IDS, "token_ids", torch.int32))
+                ids.write(token_ids)
+        if not data.n_rows:
+            reject("chunks", "no tokens", "at least one")
+        if ids and ids.n_rows != data.n_rows:
+            reject("chunks", f"token ids for {ids.n_rows} of {data.n_rows} tokens", "ids for all or for none")
+        sums = {"activations": data.finish()} | ({"token_ids": ids.finish()} if ids else {})
+    return {"format": FORMAT, "n_tokens": data.n_rows, "d_in": width, "dtype": dtype, "sha256": sums}
+
+
+@contextmanager
+def lock(directory: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of ``directory``, a file beside it; the system frees it when the process dies.
+
+    Yields True, or with ``wait=False`` whether it was free.
+    """
+    path = directory.with_name(f".{directory.name}.lock")
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                break
+        except BlockingIOError:
+            os.close(handle)
+            yield False
+            return
+        except FileNotFoundError:
+            pass  # its last holder removed it while we waited
+        os.close(handle)
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _partial(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}{_PARTIAL}")
+
+
+def _sweep(directory: Path) -> None:
+    """Remove the unfinished folders of dead runs beside ``directory``, whose own lock we hold."""
+    shutil.rmtree(_partial(directory), ignore_errors=True)
+    for partial in directory.parent.glob(f".*{_PARTIAL}"):
+        with lock(partial.with_name(partial.name[1 : -len(_PARTIAL)]), wait=False) as free:
+            if free:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_chunk(x: Any, token_ids: Tensor | None, width: int | None) -> int:
+    if not isinstance(x, Tensor):
+        raise BadType(
+            f"chunks: got {type(x).__name__}, expected [n, d_in] tensors or Activations of one hook"
+        )
+    if x.ndim != 2 or not x.is_floating_point() or (width or x.shape[1]) != x.shape[1]:
+        reject("chunks", f"{x.dtype} {list(x.shape)}", f"floating [n, {width or 'd_in'}] tensors")
+    if token_ids is not None and len(token_ids) != len(x):
+        reject("chunks", f"{len(token_ids)} token ids for {len(x)} tokens", "one for each token")
+    return x.shape[1]
+
+
+def _narrow(x: Any, dtype: str) -> Tensor:
+    y = x.to(_DTYPES[dtype])
+    if dtype == "float16" and y.isinf().sum() > x.isinf().sum():
+        largest = x[x.isfinite()].abs().max().item()
+        reject("dtype", f"'float16' and activations up to {largest:.3g}", "'bfloat16' or 'float32'")
+    return y
+
+
+def _find_matrix(path: Path) -> ActivationStore:
+    tensors = map_tensors(path)
+    spelled = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    fits = [name for name, (array, dtype) in tensors.items() if array.ndim == 2 and dtype in spelled]
+    if len(fits) > 1 and "activations" in fits:
+        fits = ["activations"]
+    if len(fits) != 1:
+        _not_a_matrix(path, f"{len(fits)} such tensors")
+    array, dtype = tensors[fits[0]]
+    return _store(path, array, spelled[dtype])
+
+
+def _store(path: Path, array: np.ndarray, dtype: str) -> ActivationStore:
+    if array.ndim != 2 or dtype not in ("float64", "float32", "float16", "bfloat16") or 0 in array.shape:
+        _not_a_matrix(path, f"{dtype} {list(array.shape)}")
+    return ActivationStore(path, {"n_tokens": array.shape[0], "d_in": array.shape[1], "dtype": dtype}, array)
+
+
+def _not_a_matrix(path: Path, got: str) -> NoReturn:
+    reject("activations", f"{got} in '{path}'", "one floating [n, d_in] array that isn't empty")

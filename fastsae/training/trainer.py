@@ -1,0 +1,308 @@
+"""The trainer: fused steps over a stream of activations, with schedules, logs, checkpoints and resume."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastsae.checks import FastSAEError, check_choice, check_number, reject
+from fastsae.optim import RowAdam
+from fastsae.sae import SAE
+from fastsae.training.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
+from fastsae.training.logs import RunLog, read_log
+from fastsae.training.step import train_step
+
+__all__ = ["NotFinite", "TrainConfig", "Trainer"]
+
+_SPARSITY_TERMS = ("decoder_norm_l1",)
+
+
+class NotFinite(FastSAEError, ArithmeticError):
+    """A batch with NaN or Inf met a run that is told to stop there."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a dictionary is trained.
+
+    Args:
+        out: run directory, see ``Trainer.fit``; None writes nothing.
+        n_steps: optimizer steps in all; None takes ``len(activations)``.
+        lr, betas, eps, mode, state_dtype: of :class:`fastsae.optim.RowAdam`.
+        warmup: share of the run over which the learning rate rises linearly from 0.
+        decay: share of the run, at its end, over which it falls linearly to 0.
+        sparsity_warmup: share of the run over which sparsity coefficients (DecoderNormL1) rise linearly from 0.
+        on_nan: "skip" leaves a batch with NaN or Inf out and counts it; "stop" ends the run with an error.
+        log_every, checkpoint_every: in steps; None for checkpoints writes only the last one.
+        keep_checkpoints: how many of the newest to keep.
+        tensorboard, wandb: extra logs: a flag, and a project name.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError, TypeError: an argument outside its range.
+    """
+
+    out: str | Path | None = None
+    n_steps: int | None = None
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    mode: str = "deferred"
+    state_dtype: str = "float32"
+    warmup: float = 0.05
+    decay: float = 0.2
+    sparsity_warmup: float = 0.05
+    on_nan: Literal["skip", "stop"] = "skip"
+    log_every: int = 10
+    checkpoint_every: int | None = 1000
+    keep_checkpoints: int = 2
+    tensorboard: bool = False
+    wandb: str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("warmup", "decay", "sparsity_warmup"):
+            check_number(name, getattr(self, name), low=0.0, high=1.0)
+        if self.warmup + self.decay > 1:
+            reject("warmup + decay", self.warmup + self.decay, "at most 1")
+        check_choice("on_nan", self.on_nan, ("skip", "stop"))
+        for name in ("n_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) is not None or name not in ("n_steps", "checkpoint_every"):
+                check_number(name, getattr(self, name), integer=True, low=1)
+
+
+class Trainer:
+    """Trains ``sae`` on ``activations`` with the fused step.
+
+    Args:
+        sae: the dictionary; calibrated already where it should be (:meth:`fastsae.SAE.calibrate_`).
+        activations: any iterable of [n, d_in] tensors or of (x, target) pairs. Where it has ``state_dict`` and
+            ``load_state_dict``, a resumed run continues it there; otherwise the batches already used are skipped.
+        config: see :class:`TrainConfig`.
+    """
+
+    def __init__(self, sae: SAE, activations: Iterable, config: TrainConfig | None = None) -> None:
+        config = TrainConfig() if config is None else config
+        self.sae, self.activations, self.config = sae, activations, config
+        self.n_steps = _total_steps(activations, config)
+        self.opt = RowAdam(sae, config.lr, config.betas, config.eps, config.mode, config.state_dtype, sae.backend)
+        self.step = self.skipped = 0
+        self.seconds = 0.0
+        self.stopped = self._opened = False
+        self._signal: int | None = None
+
+    # -- the run -----------------------------------------------------------------------------------------------------
+
+    def open(self, *, resume: bool = False) -> None:
+        """Make ready ``config.out``; :meth:`fit` does it where it hasn't been done.
+
+        Args:
+            resume: continue from the newest checkpoint, bit for bit as if never stopped; none starts anew.
+
+        Raises:
+            ValueError: ``config.out`` already holds a run and ``resume`` isn't set, or its checkpoint doesn't fit.
+        """
+        self._opened = True
+        if self.config.out is None:
+            return
+        out = Path(self.config.out)
+        found = latest_checkpoint(out / "checkpoints")
+        if not resume and (found or (out / "log.jsonl").exists()):
+            reject("out", f"{out}, which holds a run", "another folder, or resume (--resume) to continue it")
+        out.mkdir(parents=True, exist_ok=True)
+        if found:
+            self.load_checkpoint(found)
+
+    def fit(self, *, resume: bool = False) -> dict[str, Any]:
+        """Run to the end, or to SIGINT or SIGTERM, which finish the step, write a checkpoint and set ``stopped``.
+
+        With ``config.out`` the run directory gets log.jsonl, checkpoints/ and at the end config.json and
+        model.safetensors (with the coasts of RowAdam's idle rows paid; the checkpoint keeps them pending).
+
+        Args:
+            resume: see :meth:`open`.
+
+        Returns:
+            The last logged row, with ``skipped`` and ``seconds``.
+
+        Raises:
+            ValueError: see :meth:`open`.
+            NotFinite: a batch held NaN or Inf and ``config.on_nan`` is "stop"; a checkpoint is written first.
+        """
+        if not self._opened:
+            self.open(resume=resume)
+        out = None if self.config.out is None else Path(self.config.out)
+        log = None if out is None else RunLog(
+            out, self.step, tensorboard=self.config.tensorboard, wandb=self.config.wandb
+        )  # fmt: skip
+        row = (read_log(out / "log.jsonl") or [{}])[-1] if out is not None else {}
+        bar = tqdm(total=self.n_steps, initial=self.step, unit="step", disable=not self.config.progress, desc="train")
+        try:
+            with bar, _signals(self._request_stop):
+                for row in self._steps():
+                    if log is not None:
+                        log.write(row)
+                    bar.n = self.step
+                    bar.set_postfix_str(
+                        f"{row['tokens_per_s']:,.0f} tok/s, FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}, "
+                        f"dead {row['dead_share']:.1%}"
+                    )
+        finally:
+            if log is not None:
+                log.close()
+        if out is not None:
+            self.save_checkpoint()
+            self.opt.flush_()
+            self.sae.save(out)
+        return row | {"skipped": self.skipped, "seconds": round(self.seconds, 3)}
+
+    def _steps(self) -> Iterator[dict[str, Any]]:
+        """Train to the end; yield the rows to be logged."""
+        config, start, since = self.config, time.perf_counter(), self.step
+        batches = self._batches()
+        while self.step < self.n_steps and not self.stopped:
+            batch = next(batches, None)
+            if batch is None:
+                break
+            x, target = batch if isinstance(batch, tuple | list) else (batch, None)
+            for group in self.opt.param_groups:
+                group["lr"] = self._lr()
+            rise = min(1.0, (self.step + 1) / max(1, round(config.sparsity_warmup * self.n_steps)))
+            scale = {term.name: rise for term in self.sae.config.losses if term.name in _SPARSITY_TERMS}
+            device = self.sae.W_enc.device
+            x, target = (t if t is None else t.to(device, self.sae.W_enc.dtype) for t in (x, target))
+            metrics = train_step(self.sae, self.opt, x, target, scale)
+            self.step += 1
+            self.stopped = self._signal is not None
+            if metrics["skipped"]:
+                self._skip()
+            last = self.step == self.n_steps or self.stopped
+            if self.step % config.log_every == 0 or last:
+                now = time.perf_counter()
+                tokens = x.shape[:-1].numel() * (self.step - since)
+                yield self._row(metrics, tokens / (now - start))
+                self.seconds += now - start
+                start, since = time.perf_counter(), self.step
+            if config.out and config.checkpoint_every and self.step % config.checkpoint_every == 0 and not last:
+                self.save_checkpoint()
+
+    def _skip(self) -> None:
+        self.skipped += 1
+        if self.config.on_nan == "stop":
+            if self.config.out:
+                self.save_checkpoint()
+            raise NotFinite(f"activations: got NaN or Inf in the batch of step {self.step}, expected finite numbers")
+
+    def _row(self, metrics: dict[str, Tensor], speed: float) -> dict[str, Any]:
+        numbers = {name: t.item() for name, t in metrics.items() if name not in ("n_dead", "skipped")}
+        return {
+            "step": self.step,
+            "tokens": int(self.sae.tokens_seen),
+            **{name: value if value == value else None for name, value in numbers.items()},  # JSON has no NaN
+            "dead_share": metrics["n_dead"].item() / self.sae.config.n_latents,
+            "lr": self.opt.param_groups[0]["lr"],
+            "tokens_per_s": speed,
+            "skipped": self.skipped,
+        }
+
+    def _lr(self) -> float:
+        """The rate of the step about to be taken: linear warm-up, plateau, linear decay to 0 after the last step."""
+        done, total = self.step, self.n_steps
+        rise = (done + 1) / max(1, round(self.config.warmup * total))
+        fall = (total - done) / max(1, round(self.config.decay * total))
+        return self.config.lr * min(1.0, rise, fall if self.config.decay else 1.0)
+
+    def _request_stop(self, number: int) -> None:
+        self._signal = number
+
+    # -- data and state ----------------------------------------------------------------------------------------------
+
+    def _batches(self) -> Iterator:
+        stateful = hasattr(self.activations, "load_state_dict")
+        batches = iter(self.activations)
+        for _ in range(0 if stateful else self.step):
+            next(batches, None)
+        return batches
+
+    def save_checkpoint(self) -> Path:
+        """Write everything a resume needs to ``config.out/checkpoints``."""
+        data = self.activations.state_dict() if hasattr(self.activations, "state_dict") else None
+        tree = {
+            "step": self.step,
+            "n_steps": self.n_steps,
+            "skipped": self.skipped,
+            "seconds": self.seconds,
+            "config": self.sae.config.to_dict(),
+            "sae": dict(self.sae.state_dict()),
+            "optimizer": self.opt.state_dict(),
+            "activations": data,
+            "random": random_state(),
+        }
+        folder = Path(self.config.out or ".") / "checkpoints"
+        return save_checkpoint(folder, self.step, tree, self.config.keep_checkpoints)
+
+    def load_checkpoint(self, path: Path) -> None:
+        """Restore what :meth:`save_checkpoint` wrote. Raises ValueError if it is of another dictionary or length."""
+        tree = load_checkpoint(path)
+        if tree["config"] != _plain(self.sae.config.to_dict()):
+            reject("resume", f"a checkpoint of {tree['config']}", f"one of {_plain(self.sae.config.to_dict())}")
+        if tree["n_steps"] != self.n_steps:
+            reject("resume", f"a checkpoint of a run of {tree['n_steps']} steps", f"one of {self.n_steps} steps")
+        self.sae.load_state_dict(tree["sae"])
+        self.opt.load_state_dict(tree["optimizer"])
+        if hasattr(self.activations, "load_state_dict"):
+            self.activations.load_state_dict(tree["activations"])
+        self.step, self.skipped, self.seconds = tree["step"], tree["skipped"], tree["seconds"]
+        restore_random_state(tree["random"])
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as they come back from a checkpoint."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _total_steps(activations: Iterable, config: TrainConfig) -> int:
+    if config.n_steps is not None:
+        return config.n_steps
+    if not hasattr(activations, "__len__"):
+        reject("n_steps", None, "a number of steps, since the activations have no length")
+    return len(activations)
+
+
+@contextmanager
+def _signals(handle: Callable[[int], None]) -> Iterator[None]:
+    """Let SIGINT and SIGTERM ask for a stop; a second one acts as usual. Only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old: dict[int, Any] = {}
+
+    def once(number: int, _frame: Any) -> None:
+        signal.signal(number, old[number])
+        handle(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        old[number] = signal.signal(number, once)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -271,7 +271,7 @@ def assert_selected(places: Tensor, scores: Tensor, allowed: float) -> int:
     """Assert that ``places`` [R, k] are each row's k largest of ``scores`` [R, C] (exact and finite).
 
     They must be distinct and in range, and none below the row's k-th largest by more than ``allowed``. Where
-    the next one is below it by more than that, they must be that very set: returns how many rows this decided.
+    the next one is below it by more than that, they must be that very set: returns how many rows it decided.
     """
     r, k = places.shape
     if k == 0 or r == 0:

@@ -11,12 +11,16 @@
 
 from __future__ import annotations
 
+import platform
+from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
+
+import torch
 
 from fastsae.checks import check_choice, reject
 from fastsae.ops import BACKENDS
 
-__all__ = ["Backend", "available", "resolve"]
+__all__ = ["Backend", "available", "diagnose", "resolve"]
 
 Backend = Literal["auto", "reference", "torch", "triton", "cuda"]
 _PLANNED = {"triton": "this version holds no Triton kernels yet", "cuda": "this version holds no CUDA kernels yet"}
@@ -25,6 +29,35 @@ _PLANNED = {"triton": "this version holds no Triton kernels yet", "cuda": "this 
 def available() -> dict[str, str | None]:
     """Each backend's name with None where it can be used, else the reason why not."""
     return {name: None for name in BACKENDS} | _PLANNED
+
+
+def diagnose() -> dict[str, str]:
+    """Versions, devices, the CUDA extension, and each backend with "ok" or the reason why it can't be used."""
+    report = {"python": platform.python_version()}
+    for name in ("fastsae", "torch", "triton", "transformers", "numpy", "safetensors"):
+        try:
+            report[name] = version(name)
+        except PackageNotFoundError:
+            report[name] = "not installed"
+    report["cpu"] = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        report[f"cuda:{i}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"
+    if not torch.cuda.is_available():
+        report["cuda"] = "no CUDA device" if torch.version.cuda else "this torch is built without CUDA"
+    report["cuda extension"] = _extension()
+    return report | {f"backend {name}": reason or "ok" for name, reason in available().items()}
+
+
+def _extension() -> str:
+    try:
+        from fastsae import _cuda
+    except ImportError:
+        return "not built (no nvcc at installation, or FASTSAE_BUILD_CUDA=0)"
+    try:
+        return f"built; runtime {_cuda.runtime_version()}, driver {_cuda.driver_version()}"
+    except RuntimeError as error:
+        return f"built; {error}"
 
 
 def resolve(backend: str) -> str:

@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m fastsae.benchmarks``. Each figure beside the bare encoder GEMM of the same run."""

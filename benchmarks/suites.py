@@ -1,0 +1,97 @@
+"""The cases of each suite, as rows of the benchmark schema."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from fastsae import SAE, SAEConfig, TopK
+from fastsae.benchmarks.measure import interleaved, peak_mib
+from fastsae.optim import RowAdam
+from fastsae.training import train_step
+
+__all__ = ["SUITES", "run_suite"]
+
+CPU_SHAPES = [{"N": 1024, "D": 384, "M": 16_384, "k": 32}, {"N": 1024, "D": 384, "M": 65_536, "k": 32}]
+GPU_SHAPES = [{"N": 8192, "D": 768, "M": 131_072, "k": 64}, {"N": 8192, "D": 4096, "M": 131_072, "k": 64}]
+SUITES = {"quick": (CPU_SHAPES, "cpu", 9), "gpu": (GPU_SHAPES, "cuda", 20)}
+
+
+def run_suite(name: str, say: Callable[[dict], None]) -> list[dict[str, Any]]:
+    """All rows of the suite, each handed to ``say`` when it is known. Raises ValueError without the device it needs."""
+    shapes, device, repeats = SUITES[name]
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"suite: got {name!r} on a machine without a CUDA device, expected one of 'quick'")
+    rows = []
+    for shape in shapes:
+        for row in _rows(shape, device, repeats):
+            rows.append(row)
+            say(row)
+    return rows
+
+
+def _rows(shape: dict[str, int], device: str, repeats: int) -> list[dict[str, Any]]:
+    n, m, d, k = (shape[name] for name in "NMDk")
+    sae, x, step = _prepare(shape, device)
+    _check(sae, x)
+    out = torch.empty(n, m, device=device)
+    options = {"activation": sae.config.activation, "backend": "torch"}
+    encode = partial(torch.no_grad()(_encode), sae, x, options)
+    times = interleaved(
+        {
+            "gemm": partial(torch.no_grad()(torch.addmm), sae.b_enc, x, sae.W_enc.T, out=out),
+            "encode": encode,
+            "step": step,
+        },
+        repeats,
+    )
+    del out
+    flops = {"gemm": 2 * n * m * d, "encode": 2 * n * m * d, "step": 2 * n * m * d}
+    rows = []
+    for op, ms in times.items():
+        p20, p50, p80 = (ms[round(q * (len(ms) - 1))] for q in (0.2, 0.5, 0.8))
+        peak = peak_mib(partial(_step_alone, shape, device)) if op == "step" and device == "cpu" else None
+        rows.append(
+            {"op": op, "backend": "addmm" if op == "gemm" else "torch", **shape, "dtype": "float32"}
+            | {"format": "float32/float32", "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "peak_mib": peak}
+            | {"tflops": flops[op] / p50 / 1e9, "tb_s": None}
+            | {"ratio_to_gemm": p50 / times["gemm"][round(0.5 * (repeats - 1))], "note": ""}
+        )
+    return rows
+
+
+def _prepare(shape: dict[str, int], device: str):
+    torch.manual_seed(0)
+    sae = SAE(SAEConfig(shape["D"], shape["M"], TopK(shape["k"])), device=device)
+    opt = RowAdam(sae, lr=1e-4)
+    batches = [torch.randn(shape["N"], shape["D"], device=device) for _ in range(4)]
+    turn = iter(range(10**9))
+
+    def step() -> None:
+        train_step(sae, opt, batches[next(turn) % len(batches)])
+
+    return sae, batches[0], step
+
+
+def _step_alone(shape: dict[str, int], device: str) -> Callable[[], None]:
+    return _prepare(shape, device)[2]
+
+
+def _encode(sae: SAE, x: torch.Tensor, options: dict) -> None:
+    from fastsae import functional as F
+
+    F.encode(x, sae.W_enc, sae.b_enc, **options)
+
+
+def _check(sae: SAE, x: torch.Tensor) -> None:
+    """No figure on a wrong result: a few tokens' codes against the fp64 oracle, by value."""
+    few = x[:8]
+    with torch.no_grad():
+        got = sae.encode_sparse(few).topk()[0].double()
+        pre = (few.double() - sae.b_dec.double()) @ sae.W_enc.double().T + sae.b_enc.double()
+    want = pre.topk(sae.config.activation.k).values.relu()
+    if not torch.allclose(got, want, rtol=1e-4, atol=1e-5):
+        raise AssertionError(f"encode is off by {(got - want).abs().max():g}: no figures")

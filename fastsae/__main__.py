@@ -1,0 +1,5 @@
+"""``python -m fastsae`` is the command ``fastsae``."""
+
+from fastsae.cli import main
+
+main()

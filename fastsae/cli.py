@@ -1,0 +1,223 @@
+"""The command line: parse, call, print. Every command ends with exit code 0, or with one sentence and another code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from click.core import ParameterSource
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from fastsae.checks import FastSAEError
+
+app = typer.Typer(
+    help="Train and study sparse autoencoders of any width.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = Console()
+_STOPPED = 130
+
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file.")]
+
+
+def main() -> None:
+    """Entry point of ``fastsae``: expected errors become one sentence on stderr and exit code 1."""
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, show_level=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("fastsae").setLevel(logging.INFO)
+    try:
+        app()
+    except (FastSAEError, OSError) as error:
+        print(f"fastsae: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(_STOPPED) from None
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run directory; an earlier demo there is replaced.")] = Path("runs/demo"),
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped demo.")] = False,
+) -> None:
+    """Train 16,384 latents on a real transformer's activations on real text, offline, in minutes on a CPU.
+
+    Example: fastsae demo && open runs/demo/report.html
+    """
+    from fastsae.training.run import OPTIONS_FILE
+
+    if out.exists() and not resume:
+        if any(out.iterdir()) and not (out / OPTIONS_FILE).exists():
+            raise FastSAEError(f"out: got {out}, which holds other files than a demo's, expected a new or empty folder")
+        shutil.rmtree(out)
+    _run(DEMO | {"out": str(out)}, resume)
+
+
+DEMO: dict[str, Any] = {
+    "model": "minilm",
+    "hook": "encoder.layer.3",
+    "text": "python-docs",
+    "tokens": 286_720,
+    "batch_size": 1024,
+    "latents": 16_384,
+    "k": 32,
+    "lr": 3e-3,
+    "checkpoint_every": 100,
+}
+
+
+@app.command()
+def train(
+    ctx: typer.Context,
+    out: Annotated[Path, typer.Option(help="Run directory.")],
+    model: Annotated[str | None, typer.Option(help="transformers id or path, or 'minilm'.")] = None,
+    hook: Annotated[str | None, typer.Option(help="Module path, e.g. encoder.layer.3.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="File, folder or dataset, or 'python-docs'; repeatable.")] = None,
+    activations: Annotated[str | None, typer.Option(help="[n, d_in] .safetensors or .npy, in place of the above.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on; beyond the data it is repeated.")] = None,
+    latents: Annotated[int, typer.Option(help="Size of the dictionary.")] = 16_384,
+    k: Annotated[int, typer.Option(help="Active latents per token.")] = 32,
+    activation: Annotated[str, typer.Option(help="topk, batchtopk or relu.")] = "topk",
+    l1: Annotated[float, typer.Option(help="Coefficient of the decoder-norm L1 (relu).")] = 5.0,
+    auxk: Annotated[float, typer.Option(help="Coefficient of AuxK (topk, batchtopk); 0: none.")] = 1 / 32,
+    dead_after: Annotated[int | None, typer.Option(help="Silent tokens that make a latent dead.")] = None,
+    normalization: Annotated[str, typer.Option(help="none, scalar or layer_norm.")] = "scalar",
+    batch_size: Annotated[int, typer.Option(help="Tokens per step.")] = 4096,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; default 2e-4 / sqrt(latents / 16384).")] = None,
+    warmup: Annotated[float, typer.Option(help="Share of the run with rising learning rate.")] = 0.05,
+    decay: Annotated[float, typer.Option(help="Share of the run, at its end, with falling learning rate.")] = 0.2,
+    mode: Annotated[str, typer.Option(help="RowAdam: dense, lazy or deferred.")] = "deferred",
+    held_out: Annotated[int, typer.Option(help="Tokens kept for the final metrics.")] = 16_384,
+    context: Annotated[int, typer.Option(help="Tokens per window of text.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of weights, split and order.")] = 0,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 1000,
+    log_every: Annotated[int, typer.Option(help="Steps between log rows.")] = 10,
+    on_nan: Annotated[str, typer.Option(help="A batch with NaN: skip or stop.")] = "skip",
+    backend: Annotated[str, typer.Option(help="auto, reference, torch, triton or cuda.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    weight_format: Annotated[str, typer.Option(help="float32.")] = "float32",
+    state_dtype: Annotated[str, typer.Option(help="float32.")] = "float32",
+    cache_dir: Annotated[str | None, typer.Option(help="Where activations are kept between runs.")] = None,
+    tensorboard: Annotated[bool, typer.Option(help="Also log to TensorBoard.")] = False,
+    wandb: Annotated[str | None, typer.Option(help="Also log to this Weights & Biases project.")] = None,
+    progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    config: Annotated[Path | None, typer.Option(help="YAML file of these options; flags come before it.")] = None,
+) -> None:
+    """Train a dictionary on a model's activations (or on a file of them) and report what it learned.
+
+    Example: fastsae train --model minilm --hook encoder.layer.3 --text docs/ --latents 16384 --k 32 --out runs/docs
+    """
+    from fastsae.training.run import OPTIONS_FILE, read_yaml
+
+    options = {name: value for name, value in ctx.params.items() if name not in ("config", "resume")}
+    options["out"] = str(out)
+    given = {name for name in options if ctx.get_parameter_source(name) != ParameterSource.DEFAULT}
+    for file in (config, out / OPTIONS_FILE if resume and (out / OPTIONS_FILE).exists() else None):
+        if file is not None:
+            found = {name: value for name, value in read_yaml(file).items() if name not in given}
+            options |= found
+            given |= found.keys()
+    if isinstance(options["text"], list) and len(options["text"]) == 1:
+        options["text"] = options["text"][0]
+    _run(options, resume)
+
+
+@app.command("eval")
+def evaluate(
+    directory: Annotated[Path, typer.Argument(help="A run directory.")],
+    activations: Annotated[str | None, typer.Option(help="Evaluate on this file instead of the held-out tokens.")] = None,
+    json_path: Json = None,
+) -> None:
+    """Measure a trained dictionary: FVU, L0, dead share, cosine, relative norm.
+
+    Example: fastsae eval runs/demo --json metrics.json
+    """
+    from fastsae.training.run import evaluate_run
+
+    _show("held-out tokens" if activations is None else activations, evaluate_run(directory, activations).to_dict(), json_path)
+
+
+@app.command()
+def plan(
+    d_in: Annotated[int, typer.Option(help="Width of the activations.")],
+    latents: Annotated[int, typer.Option(help="Size of the dictionary.")],
+    k: Annotated[int, typer.Option(help="Active latents per token.")] = 32,
+    batch: Annotated[int, typer.Option(help="Tokens per step.")] = 4096,
+    gpu: Annotated[str | None, typer.Option(help="h200, h100 or a100: does it fit, and the least time per step.")] = None,
+    json_path: Json = None,
+) -> None:
+    """Say what memory and time a training run needs, before anything is allocated.
+
+    Example: fastsae plan --d-in 4096 --latents 1048576 --k 64 --batch 8192 --gpu h200
+    """
+    from fastsae.training.plan import plan_run
+
+    _show("plan", plan_run(d_in, latents, k, batch, gpu), json_path)
+
+
+@app.command()
+def doctor(json_path: Json = None) -> None:
+    """Say what is installed and which backends work here, with the reason for each that doesn't.
+
+    Example: fastsae doctor
+    """
+    from fastsae.backends import diagnose
+
+    _show("doctor", diagnose(), json_path)
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Option(help="quick (CPU) or gpu.")] = "quick",
+    json_path: Json = None,
+) -> None:
+    """Measure this machine: the fused step and the encoder beside the bare encoder GEMM.
+
+    Example: fastsae bench --suite quick --json results.json
+    """
+    from fastsae.benchmarks.__main__ import main as run_benchmarks
+
+    run_benchmarks(["--suite", suite, *(["--json", str(json_path)] if json_path else [])])
+
+
+def _run(options: dict[str, Any], resume: bool) -> None:
+    from fastsae.training.run import RunOptions, run
+
+    metrics = run(RunOptions(**options), resume=resume)
+    if metrics is None:
+        console.print(f"stopped; a checkpoint is in {options['out']}/checkpoints: continue with --resume")
+        raise SystemExit(_STOPPED)
+    _show(options["out"], metrics, None)
+    console.print(f"what it learned: {Path(options['out']) / 'report.html'}")
+
+
+def _show(title: str, rows: dict[str, Any], json_path: Path | None) -> None:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, _text(value))
+    console.print(table)
+    if json_path is not None:
+        from fastsae.sae import write_atomically
+
+        write_atomically(json_path, lambda path: path.write_text(json.dumps(rows, indent=2) + "\n"))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+if __name__ == "__main__":
+    main()

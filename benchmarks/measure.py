@@ -43,6 +43,9 @@ def peak_mib(prepare: Callable[[], Callable[[], Any]], repeats: int = 3) -> floa
     send.close()
     try:
         return receive.recv()
+    except EOFError:
+        child.join()
+        raise RuntimeError(f"the process that measures memory ended with exit code {child.exitcode}") from None
     finally:
         child.join()
 

@@ -81,6 +81,7 @@ def _weight_grad(coefs: Tensor, x: Tensor, feature_major, W: Tensor, ctx, dense:
     rows = _ops.row_grads(coefs[order], x, starts, tokens, ctx.backend).to(W.dtype)
     if ctx.sparse_grad and not dense:
         used = latents < W.shape[0]
-        return torch.sparse_coo_tensor(latents[used][None], rows[used], W.shape, is_coalesced=True)
+        where = latents[used][None]
+        return torch.sparse_coo_tensor(where, rows[used], W.shape, is_coalesced=True, check_invariants=False)
     # unused places hold zero rows; adding them to the last latent changes nothing
     return rows.new_zeros(W.shape[0], rows.shape[1]).index_add_(0, latents.clamp_max(W.shape[0] - 1), rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -41,11 +42,11 @@ def check_number(
     high: float | None = None,
     open_low: bool = False,
 ) -> None:
-    """Raise unless ``value`` is a number in [low, high] ((low, high] with ``open_low``)."""
+    """Raise unless ``value`` is a finite number in [low, high] ((low, high] with ``open_low``)."""
     check_type(name, value, int if integer else (int, float), "an integer" if integer else "a number")
     above = low is None or (value > low if open_low else value >= low)
     below = high is None or value <= high
-    if not (above and below):  # NaN fails here too
+    if not (above and below) or value in (math.inf, -math.inf):  # NaN fails here too
         parts = [] if low is None else [f"{'>' if open_low else '>='} {low}"]
         parts += [] if high is None else [f"<= {high}"]
         reject(name, value, f"{'an integer' if integer else 'a number'} {' and '.join(parts)}".rstrip())

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from click.core import ParameterSource
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
@@ -71,6 +70,7 @@ DEMO: dict[str, Any] = {
     "latents": 16_384,
     "k": 32,
     "lr": 3e-3,
+    "auxk": 1 / 8,
     "checkpoint_every": 100,
 }
 
@@ -122,14 +122,16 @@ def train(
 
     options = {name: value for name, value in ctx.params.items() if name not in ("config", "resume")}
     options["out"] = str(out)
-    given = {name for name in options if ctx.get_parameter_source(name) != ParameterSource.DEFAULT}
+    sources = {name: ctx.get_parameter_source(name) for name in options}
+    given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
     for file in (config, out / OPTIONS_FILE if resume and (out / OPTIONS_FILE).exists() else None):
         if file is not None:
             found = {name: value for name, value in read_yaml(file).items() if name not in given}
             options |= found
             given |= found.keys()
-    if isinstance(options["text"], list) and len(options["text"]) == 1:
-        options["text"] = options["text"][0]
+    if isinstance(options["text"], tuple | list):  # as the parser gives repeated flags
+        texts = list(options["text"])
+        options["text"] = texts if len(texts) > 1 else texts[0] if texts else None
     _run(options, resume)
 
 

@@ -49,6 +49,10 @@ class SparseCode:
             reject("values", values.dtype, "a floating dtype")
         if indices.dtype != torch.int32 or offsets.dtype != torch.int64:
             reject("indices, offsets", f"{indices.dtype}, {offsets.dtype}", "torch.int32, torch.int64")
+        if not len(offsets):
+            reject("offsets", "no entry", "N + 1 of them")
+        if n_latents < 1:
+            reject("n_latents", n_latents, "an integer >= 1")
         n_tokens = offsets.shape[0] - 1
         leading = (n_tokens,) if leading is None else tuple(leading)
         if math.prod(leading) != n_tokens:

@@ -150,12 +150,12 @@ class SAEConfig:
     d_in: int
     n_latents: int
     activation: Activation
-    d_out: int | None = None
+    d_out: int = None  # type: ignore[assignment]  # None stands for a default and never survives construction
     losses: tuple[Loss, ...] = ()
     normalization: Literal["none", "scalar", "layer_norm"] = "none"
-    subtract_b_dec: bool | None = None
-    unit_norm_decoder: bool | None = None
-    reconstruction: Literal["fvu", "squared_error"] | None = None
+    subtract_b_dec: bool = None  # type: ignore[assignment]
+    unit_norm_decoder: bool = None  # type: ignore[assignment]
+    reconstruction: Literal["fvu", "squared_error"] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         check_number("d_in", self.d_in, integer=True, low=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -64,9 +66,7 @@ def encode(
         reject("k", k, f"an integer in 1..{m} (rows of W_enc)")
     rule, threshold = _selection(activation, threshold, W_enc)
     if subset is not None:
-        check_type("subset", subset, Tensor, "a tensor of latents")
-        if subset.dtype != torch.int64 or subset.ndim != 1:
-            reject("subset", f"{subset.dtype} {tuple(subset.shape)}", "torch.int64 [S]")
+        check_subset(subset, W_enc)
         threshold = threshold[subset] if threshold is not None and threshold.ndim else threshold
         k = min(k, len(subset))
     flat = x.reshape(-1, x.shape[-1]).contiguous()
@@ -125,14 +125,31 @@ def check_input(name: str, x: Tensor, weight: Tensor, width: int | None = None) 
     width = weight.shape[1] if width is None else width
     if x.ndim == 0 or x.shape[-1] != width:
         reject(name, f"shape {tuple(x.shape)}", f"[..., {width}]")
-    if x.dtype != weight.dtype:
+    if x.dtype != weight.dtype and not (_casts(weight.device.type) and x.is_floating_point()):
         reject(name, x.dtype, f"{weight.dtype}, the weights' dtype")
     if x.device != weight.device:
         reject(name, f"a tensor on {x.device}", f"one on {weight.device}, where the weights are")
 
 
+def check_subset(subset: Tensor, weight: Tensor) -> None:
+    """Raise unless ``subset`` [S] holds ascending rows of ``weight``, which is looked at on a CPU only."""
+    check_type("subset", subset, Tensor, "a tensor of latents")
+    if subset.dtype != torch.int64 or subset.ndim != 1:
+        reject("subset", f"{subset.dtype} {tuple(subset.shape)}", "torch.int64 [S]")
+    if subset.device != weight.device:
+        reject("subset", f"a tensor on {subset.device}", f"one on {weight.device}, where the weights are")
+    if subset.device.type != "cpu" or torch.compiler.is_compiling() or not len(subset):
+        return
+    if subset[0] < 0 or subset[-1] >= len(weight) or (subset.diff() <= 0).any():
+        low, high = (int(t) for t in subset.aminmax())
+        reject("subset", f"latents in {low}..{high}", f"ascending latents in 0..{len(weight) - 1}")
+
+
 def check_indices(code: SparseCode) -> None:
-    """Raise if an index lies outside [0, n_latents)."""
+    """Raise unless offsets ascend from 0 to at most the capacity and indices lie in [0, n_latents)."""
+    capacity = len(code.indices)
+    if code.offsets[0] != 0 or code.offsets[-1] > capacity or (code.offsets.diff() < 0).any():
+        reject("code.offsets", code.offsets.tolist()[:8], f"offsets ascending from 0 to at most {capacity}")
     stored = code.indices[: int(code.offsets[-1])]
     if len(stored):
         low, high = (int(t) for t in stored.aminmax())
@@ -147,10 +164,11 @@ def _selection(activation: Activation, threshold: Tensor | float | None, W: Tens
         if activation.rule != "threshold":
             return activation.rule, None
         return "threshold", torch.tensor(getattr(activation, "threshold", 0.0), dtype=dtype, device=W.device)
+    check_type("threshold", threshold, (Tensor, int, float), "a tensor or a number")
     threshold = torch.as_tensor(threshold, dtype=dtype, device=W.device)
-    shapes = {BatchTopK: [()], JumpReLU: [(m,)]}.get(type(activation))
-    if shapes is None or tuple(threshold.shape) not in shapes:
-        expected = "None" if shapes is None else "a scalar" if shapes == [()] else f"[{m}]"
+    shape = () if isinstance(activation, BatchTopK) else (m,) if isinstance(activation, JumpReLU) else None
+    if threshold.shape != shape:
+        expected = "None" if shape is None else "a scalar" if shape == () else f"[{m}]"
         reject("threshold", f"shape {tuple(threshold.shape)}", f"{expected} for {type(activation).__name__}")
     return "threshold", threshold
 
@@ -168,10 +186,20 @@ def _check_weights(name: str, W: Tensor, bias_name: str, b: Tensor | None, bias_
             reject(bias_name, got, f"{tuple(bias_shape)} {W.dtype} on {W.device}, as {name}")
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast(*tensors: Tensor | None) -> Any:
     kinds = {t.device.type for t in tensors if isinstance(t, Tensor)}
-    if len(kinds) != 1 or not torch.is_autocast_enabled(kind := kinds.pop()):
+    if len(kinds) != 1 or not _casts(kind := kinds.pop()):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
-    cast = lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t  # noqa: E731
-    return tuple(cast(t) for t in tensors)
+
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        # fp64 stays, as under torch's own autocast
+        castable = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if castable else t
+
+    return tuple(map(cast, tensors))
+
+
+def _casts(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)

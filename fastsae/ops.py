@@ -11,7 +11,6 @@ import importlib
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 __all__ = ["BACKENDS", "OPERATORS", "implementation"]
 
@@ -43,6 +42,9 @@ _LIBRARY = torch.library.Library("fastsae", "DEF")
 
 def _register(op: str) -> None:
     def run(*args):
+        if torch.is_autocast_enabled(kind := args[0].device.type):
+            with torch.autocast(kind, enabled=False):  # inside, sums stay fp32
+                return implementation(op, args[-1])(*args[:-1])
         return implementation(op, args[-1])(*args[:-1])
 
     _LIBRARY.define(op + OPERATORS[op])
@@ -60,7 +62,7 @@ def _encode_fake(x, W_enc, b_enc, threshold, subset, rule, k, backend):
         entries = torch.library.get_ctx().new_dynamic_size()
     else:
         entries = n * min(k, m)
-    return W_enc.new_empty(entries), _int32(x, entries), x.new_empty(n + 1, dtype=torch.int64)
+    return W_enc.new_empty(entries), x.new_empty(entries, dtype=torch.int32), x.new_empty(n + 1, dtype=torch.int64)
 
 
 @torch.library.register_fake("fastsae::decode")
@@ -90,7 +92,3 @@ def _row_grads_fake(coefs, x, starts, tokens, backend):
 @torch.library.register_fake("fastsae::row_update")
 def _row_update_fake(*args):
     return None
-
-
-def _int32(like: Tensor, n: int) -> Tensor:
-    return like.new_empty(n, dtype=torch.int32)

@@ -59,6 +59,8 @@ class SAE(nn.Module):
     b_enc: nn.Parameter
     W_dec: nn.Parameter
     b_dec: nn.Parameter
+    threshold: Tensor
+    norm_scale: Tensor
     last_fired: Tensor
     tokens_seen: Tensor
 
@@ -81,11 +83,11 @@ class SAE(nn.Module):
         resolve(backend)
         self.config, self.weight_format = config, weight_format
         self.sparse_grad, self.backend = sparse_grad, backend
-        m, place = config.n_latents, {"device": device, "dtype": dtype}
-        self.W_enc = nn.Parameter(torch.empty(m, config.d_in, **place))
-        self.b_enc = nn.Parameter(torch.empty(m, **place))
-        self.W_dec = nn.Parameter(torch.empty(m, config.d_out, **place))
-        self.b_dec = nn.Parameter(torch.empty(config.d_out, **place))
+        m = config.n_latents
+        self.W_enc = nn.Parameter(torch.empty(m, config.d_in, device=device, dtype=dtype))
+        self.b_enc = nn.Parameter(torch.empty(m, device=device, dtype=dtype))
+        self.W_dec = nn.Parameter(torch.empty(m, config.d_out, device=device, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.empty(config.d_out, device=device, dtype=dtype))
         if isinstance(config.activation, BatchTopK):
             self.register_buffer("threshold", torch.tensor(-1.0, device=device))
         elif isinstance(config.activation, JumpReLU):
@@ -119,7 +121,7 @@ class SAE(nn.Module):
         kept = {name: self._buffers.pop(name) for name in ("threshold", "norm_scale") if name in self._buffers}
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
-            self._buffers[name] = buffer.to(fn(buffer).device)
+            self._buffers[name] = None if buffer is None else buffer.to(fn(buffer).device)
         return self
 
     # -- inference ---------------------------------------------------------------------------------------------------
@@ -130,8 +132,8 @@ class SAE(nn.Module):
         BatchTopK uses its threshold in ``eval()`` (the batch's own rule while unset), the batch in ``train()``.
         """
         encoder_input, mean, scale = self.encoder_input(x)
-        threshold = getattr(self, "threshold", None)
-        if isinstance(self.config.activation, BatchTopK) and (self.training or threshold < 0):
+        threshold = self.threshold if "threshold" in self._buffers else None
+        if isinstance(self.config.activation, BatchTopK) and (self.training or self.threshold < 0):
             threshold = None
         code = F.encode(
             encoder_input, self.W_enc, self.b_enc, self.config.activation, threshold=threshold, **self._options()
@@ -186,7 +188,7 @@ class SAE(nn.Module):
                 )  # fmt: skip
             elif isinstance(term, DecoderNormL1):
                 terms[term.name] = losses.decoder_norm_l1(code, self.W_dec, term.coefficient)
-        return TrainingOutput(self._restore(x_hat, code), code, sum(terms.values()), terms)
+        return TrainingOutput(self._restore(x_hat, code), code, torch.stack([*terms.values()]).sum(), terms)
 
     def encoder_input(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What W_enc is applied to: normalised x, less b_dec where it is subtracted; and layer norm's mean and scale."""

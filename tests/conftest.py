@@ -1,37 +1,61 @@
 """Fixtures that every test file may ask for; none is automatic."""
 
 import pytest
+import torch
 
+import fastsae.backends.torch as portable
 from fastsae import backends
-from fastsae.backends import torch as portable
+from fastsae.optim import row_adam
 
-FAST = [name for name, reason in backends.available().items() if reason is None and name != "reference"]
+SMALL = "torch in small blocks"
+FAST = [name for name, reason in backends.available().items() if reason is None and name != "reference"] + [
+    SMALL
+]
 
 
 @pytest.fixture(params=FAST)
 def backend(request):
-    """Each usable backend but the oracle."""
-    return request.param
+    """Each usable backend but the oracle, the portable one in small blocks too."""
+    return _prepare(request)
 
 
 @pytest.fixture(params=["reference", *FAST])
 def any_backend(request):
     """Each usable backend."""
-    return request.param
+    return _prepare(request)
+
+
+def _prepare(request):
+    if request.param == SMALL:
+        request.getfixturevalue("small_blocks")
+    return request.param.split()[0]
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Cut the portable backend's blocks so small that the tests' shapes take several, the last one padded."""
+    """Cut the portable code's blocks so small that the tests' shapes take several, the last one padded."""
     monkeypatch.setattr(portable, "BLOCK_SCORES", 256)
     monkeypatch.setattr(portable, "MAX_TOKENS", 8)
     monkeypatch.setattr(portable, "GROUP", 8)
     monkeypatch.setattr(portable, "BLOCK_ELEMENTS", 64)
     monkeypatch.setattr(portable, "_block_width", lambda n_tokens: max(32, 256 // max(n_tokens, 1) // 8 * 8))
+    monkeypatch.setattr(row_adam, "BLOCK_ELEMENTS", 64)
 
 
-@pytest.fixture(params=["blocks as set", "small blocks"])
-def blocks(request):
-    """Run a test with the blocks that ship and with small ones."""
-    if request.param == "small blocks":
-        request.getfixturevalue("small_blocks")
+def _threads(n):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread():
+    """For small tensors: several threads spend most of the time waiting for each other."""
+    yield from _threads(1)
+
+
+@pytest.fixture
+def two_threads(one_thread):
+    """Where the order of sums might depend on threads."""
+    yield from _threads(2)

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+import fastsae.backends.torch as portable
 from fastsae import BatchTopK, JumpReLU, ReLU, SparseCode, TopK
 from fastsae import functional as F
-from fastsae.backends import torch as portable
 from fastsae.testing import (
     ADVERSARIAL,
     Allocations,
@@ -23,6 +23,8 @@ from fastsae.testing import (
     problem,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [  # N, D, M, k
     (0, 7, 50, 3),
@@ -35,8 +37,8 @@ SHAPES = [  # N, D, M, k
 RULES = {
     "TopK": lambda k, m: (TopK(k), None),
     "BatchTopK": lambda k, m: (BatchTopK(k), None),
-    "BatchTopK with a threshold": lambda k, m: (BatchTopK(k), 0.75),
-    "JumpReLU": lambda k, m: (JumpReLU(), torch.linspace(-1, 2, m)),
+    "BatchTopK with a threshold": lambda k, m: (BatchTopK(k), 1.5),
+    "JumpReLU": lambda k, m: (JumpReLU(), torch.linspace(-1, 4, m)),
     "ReLU": lambda k, m: (ReLU(), None),
 }
 
@@ -84,11 +86,11 @@ def gradients(backend, p, activation, threshold=None, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rule", RULES)
-def test_forward_and_gradients(backend, blocks, rule, shape, dtype):
+def test_forward_and_gradients(backend, rule, shape, dtype):
     n, d, m, k = shape
     p = problem(n, d, m)
     if rule == "ReLU" and n > 1:
-        p.b_enc.sub_(1)  # a sparse code, whose sums fp32 rounds about as often as dense eager's blocked ones
+        p.b_enc.sub_(1.5)  # a sparse code: of very long rows a running sum errs more than a blocked product
     p = p.to(dtype)
     activation, threshold = RULES[rule](k, m)
     code = run(backend, *p.encoder, activation, threshold)
@@ -102,7 +104,7 @@ def test_forward_and_gradients(backend, blocks, rule, shape, dtype):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_without_a_bias(backend, blocks, rule):
+def test_without_a_bias(backend, rule):
     p = problem(5, 7, 257)
     activation, threshold = RULES[rule](4, 257)
     code = run(backend, p.x, p.W_enc, None, activation, threshold)
@@ -116,7 +118,7 @@ def test_without_a_bias(backend, blocks, rule):
 
 @pytest.mark.parametrize("k", [1, 2, 13, 256, 257])
 @pytest.mark.parametrize("rule", RULES)
-def test_ties_go_to_the_lowest_index(any_backend, blocks, rule, k):
+def test_ties_go_to_the_lowest_index(any_backend, rule, k):
     p = problem(19, 7, 257, integers=True)
     activation, threshold = RULES[rule](k, 257)
     threshold = threshold.round() if isinstance(threshold, torch.Tensor) else threshold
@@ -127,7 +129,7 @@ def test_ties_go_to_the_lowest_index(any_backend, blocks, rule, k):
 
 @pytest.mark.parametrize("name", ADVERSARIAL)
 @pytest.mark.parametrize("rule", RULES)
-def test_adversarial_inputs(any_backend, blocks, rule, name):
+def test_adversarial_inputs(any_backend, rule, name):
     for n, d, m, k in ((9, 7, 257, 6), (3, 2, 50, 50), (2, 3, 1, 1)):
         activation, threshold = RULES[rule](k, m)
         for dtype in (torch.float32, torch.bfloat16):
@@ -162,7 +164,7 @@ def test_thresholds_are_strict_and_at_least_zero(any_backend):
 
 
 @pytest.mark.parametrize("rule", ["TopK", "BatchTopK"])
-def test_padding_is_distinct_in_range_and_without_gradient(backend, blocks, rule):
+def test_padding_is_distinct_in_range_and_without_gradient(backend, rule):
     activation, _ = RULES[rule](13, 257)
     p = adversarial("all negative", 9, 7, 257, 13)
     values, indices, _, *grads = gradients(backend, p, activation)
@@ -182,7 +184,7 @@ def test_a_zero_score_has_no_gradient(backend):
 
 @pytest.mark.parametrize("subset", [[], [7], [0, 3, 4, 200, 256], list(range(0, 257, 2))], ids=len)
 @pytest.mark.parametrize("rule", RULES)
-def test_subset_confines_the_choice(any_backend, blocks, rule, subset):
+def test_subset_confines_the_choice(any_backend, rule, subset):
     subset = torch.tensor(subset, dtype=torch.int64)
     p = problem(9, 7, 257, integers=True)
     activation, threshold = RULES[rule](6, 257)
@@ -198,13 +200,13 @@ def test_subset_confines_the_choice(any_backend, blocks, rule, subset):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_two_runs_agree_to_the_bit(backend, blocks, rule):
+def test_two_runs_agree_to_the_bit(backend, two_threads, rule):
     p = problem(33, 24, 1000)
     assert_repeatable(lambda: gradients(backend, p, *RULES[rule](8, 1000)))
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_no_place_is_left_unwritten(backend, blocks, rule):
+def test_no_place_is_left_unwritten(backend, rule):
     p = problem(9, 7, 257)
     activation, threshold = RULES[rule](6, 257)
     expected = gradients(backend, p, activation, threshold)
@@ -238,6 +240,7 @@ def test_a_sparse_gradient_equals_the_dense_one(backend):
     assert_same(sparse.to_dense(), dense)
 
 
+# Rows of which many scores, or all, pass a threshold raised from left to right.
 FLAT = ["equal", "ascending", "near-ties", "mostly -Inf"]
 
 
@@ -257,12 +260,12 @@ def test_memory_is_bounded(small_blocks, rule, name):
     bound = {
         "TopK": block + portable.MAX_TOKENS * (5 * k + 64),
         "BatchTopK": block + 2 * n * k,
-    }.get(rule, block + len(code.values))
+    }.get(rule, block + m + len(code.values))
     assert made.largest <= bound, made.made_by
     assert bound < n * m / 10
 
 
-@pytest.mark.parametrize("name", ["random", *FLAT])
+@pytest.mark.parametrize("name", ["random", "ascending"])
 def test_memory_is_bounded_with_blocks_as_set(name):
     n, d, m, k = 64, 1, 2**18, 4
     p = problem(n, d, m) if name == "random" else adversarial(name, n, d, m, k)

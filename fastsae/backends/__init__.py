@@ -13,22 +13,22 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
 
-import torch
+import torch as pytorch  # `torch` is a module of this package
 
 from fastsae.checks import check_choice, reject
 from fastsae.ops import BACKENDS
 
 __all__ = ["Backend", "available", "diagnose", "resolve"]
 
-Backend = Literal["auto", "reference", "torch", "triton", "cuda"]
+Backend = str
+"""One of "auto", "reference", "torch", "triton", "cuda"."""
 _PLANNED = {"triton": "this version holds no Triton kernels yet", "cuda": "this version holds no CUDA kernels yet"}
 
 
 def available() -> dict[str, str | None]:
     """Each backend's name with None where it can be used, else the reason why not."""
-    return {name: None for name in BACKENDS} | _PLANNED
+    return dict.fromkeys(BACKENDS) | _PLANNED
 
 
 def diagnose() -> dict[str, str]:
@@ -39,23 +39,23 @@ def diagnose() -> dict[str, str]:
             report[name] = version(name)
         except PackageNotFoundError:
             report[name] = "not installed"
-    report["cpu"] = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    for i in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(i)
+    report["cpu"] = f"{pytorch.get_num_threads()} threads, {pytorch.backends.cpu.get_cpu_capability()}"
+    for i in range(pytorch.cuda.device_count()):
+        gpu = pytorch.cuda.get_device_properties(i)
         report[f"cuda:{i}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"
-    if not torch.cuda.is_available():
-        report["cuda"] = "no CUDA device" if torch.version.cuda else "this torch is built without CUDA"
+    if not pytorch.cuda.is_available():
+        report["cuda"] = "no CUDA device" if pytorch.version.cuda else "this torch is built without CUDA"
     report["cuda extension"] = _extension()
     return report | {f"backend {name}": reason or "ok" for name, reason in available().items()}
 
 
 def _extension() -> str:
     try:
-        from fastsae import _cuda
+        import fastsae._cuda as extension
     except ImportError:
         return "not built (no nvcc at installation, or FASTSAE_BUILD_CUDA=0)"
     try:
-        return f"built; runtime {_cuda.runtime_version()}, driver {_cuda.driver_version()}"
+        return f"built; runtime {extension.runtime_version()}, driver {extension.driver_version()}"
     except RuntimeError as error:
         return f"built; {error}"
 

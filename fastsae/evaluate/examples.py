@@ -16,7 +16,7 @@ from fastsae.sae import SAE
 __all__ = ["Example", "LatentExamples", "top_examples"]
 
 SHARES = (2e-4, 1e-2)
-"""Latents that fire on a share of the tokens within these bounds are candidates: neither chance nor ubiquitous."""
+"""Latents that fire on a share of the tokens between these come first: not by chance, not everywhere."""
 _REACH = 2  # places of the text are alike if they agree in the token and this many neighbours on each side
 _MULTIPLIERS = np.random.default_rng(0).integers(2**62, 2**63, 2 * _REACH + 1)  # of the hash
 
@@ -79,22 +79,22 @@ def top_examples(
 
         score = top * log2(top / mean)
 
-    top is the mean of f_i ||W_dec[i]|| over a latent's n_examples best places, mean that over all its firing: so a high
-    score means strong, and far above its own background. Latents whose best places mostly hold one token, and those that
-    fire on various tokens, take turns by falling score. Each must have n_examples different places, and at most half
-    of its best tokens among those of the latents before it. Latents that fire on a share of the tokens within SHARES come
-    first, others only where those don't suffice.
+    top is the mean of f_i ||W_dec[i]|| over a latent's n_examples best places, mean that over all its firing.
+    So a high score means strong, and far above its own background. Latents whose best places mostly hold one
+    token, and those that fire on various tokens, take turns by falling score. Each must have n_examples
+    different places, and at most half of its best tokens among those of the latents before it. Latents that
+    fire on a share of the tokens within SHARES come first, others only where those don't suffice.
 
     Places are different if the tokens within two on either side differ, and a latent's examples lie more than
-    ``context`` tokens apart, which may leave fewer than n_examples. Ties go to the earlier place and the lower latent.
-    Memory: one batch's code and 2 * n_examples places for each latent.
+    ``context`` tokens apart, which may leave fewer than n_examples. Ties go to the earlier place and the
+    lower latent. Memory: one batch's code and 2 * n_examples places for each latent.
 
     Args:
         sae: the dictionary, used in ``eval()`` mode, which is undone afterwards.
         activations: [n, d_in] in the order of the text; rows with NaN or Inf are left out.
         tokens: [n] token ids.
-        decode_token: from a token id to its string; "##" before it, or a space (or one of "Ġ", "▁") in it, tell the
-            report how to join tokens.
+        decode_token: from a token id to its string. "##" before it, or a space (or "Ġ" or "▁") in it, tells
+            the report how to join tokens.
         n_latents: how many latents to return at most.
         n_examples: places for each, at most.
         context: tokens of text on either side.
@@ -127,8 +127,9 @@ def top_examples(
         found = _choose(sae, best, text, n_latents, n_examples, context)
         shown = {place for each in found for p in each.places for place in text.around(p, context)}
         wanted = torch.tensor([each.latent for each in found], dtype=torch.int64)
-        firing = {}
-        for places, latents, values in _firings(sae, activations, np.array(sorted(shown), np.int64), batch_size):
+        firing: dict[tuple[int, int], float] = {}
+        rows = np.array(sorted(shown), np.int64)
+        for places, latents, values in _firings(sae, activations, rows, batch_size):
             of_found = torch.isin(latents, wanted)
             keys = zip(latents[of_found].tolist(), places[of_found].tolist(), strict=True)
             firing.update(zip(keys, values[of_found].tolist(), strict=True))
@@ -153,15 +154,17 @@ def _firings(
     batch_size: int,
     progress: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Encode ``rows`` and yield place, latent and activation of every positive entry, by place, on the CPU."""
+    """Encode ``rows``; yield place, latent and activation of every positive entry, by place, on the CPU."""
     from tqdm.auto import tqdm
 
-    with torch.inference_mode(), tqdm(total=len(rows), desc="examples", unit=" tokens", disable=not progress) as bar:
+    bar = tqdm(total=len(rows), desc="examples", unit=" tokens", unit_scale=True, disable=not progress)
+    with bar:
         for lo in range(0, len(rows), batch_size):
             part = rows[lo : lo + batch_size]
             x = fetch_rows(activations, part)
             finite = x.isfinite().all(1)
-            code = sae.encode_sparse(x[finite].to(sae.W_enc.device, sae.W_enc.dtype))
+            with torch.no_grad():
+                code = sae.encode_sparse(x[finite].to(sae.W_enc.device, sae.W_enc.dtype))
             entry = torch.arange(len(code.values), device=code.values.device)
             active = (code.values > 0) & (entry < code.offsets[-1])
             places = torch.from_numpy(part)[finite.cpu()][code.rows()[active].cpu()]
@@ -190,7 +193,7 @@ class _Text:
 
 
 class _Best:
-    """Per latent: how often and how strongly it fired, and the ``n`` strongest places with distinct fingerprints."""
+    """Per latent: how often and how strongly it fired, and its ``n`` strongest distinct places."""
 
     def __init__(self, n_latents: int, n: int) -> None:
         self.counts = torch.zeros(n_latents, dtype=torch.int64)
@@ -240,11 +243,13 @@ def _repeats(*keys: Tensor) -> Tensor:
     return repeats
 
 
-def _choose(sae: SAE, best: _Best, text: _Text, n_latents: int, n_examples: int, context: int) -> list[_Found]:
+def _choose(
+    sae: SAE, best: _Best, text: _Text, n_latents: int, n_examples: int, context: int
+) -> list[_Found]:
     """The latents that :func:`top_examples` describes, and their places."""
     latents = (best.values[:, n_examples - 1] > 0).nonzero().flatten()
     counts, top = best.counts[latents], best.values[latents, :n_examples].double().mean(1)
-    lengths = torch.linalg.vector_norm(sae.W_dec, dim=1, dtype=torch.float32).cpu()[latents]
+    lengths = torch.linalg.vector_norm(sae.W_dec.detach(), dim=1, dtype=torch.float32).cpu()[latents]
     score = top * lengths * (top * counts / best.sums[latents]).log2()
     ids = torch.from_numpy(text.ids[best.places[latents, :n_examples].numpy()])
     commonest = (ids[:, :, None] == ids[:, None, :]).sum(2).amax(1)
@@ -258,16 +263,23 @@ def _choose(sae: SAE, best: _Best, text: _Text, n_latents: int, n_examples: int,
     found: list[_Found] = []
     seen: set[int] = set()
     for i in _lexsort(outside, turn, various).tolist():
+        if len(found) == n_latents:
+            break
         tokens = ids[i].tolist()
-        if len(found) == n_latents or 2 * sum(token in seen for token in tokens) > n_examples:
-            continue
-        seen.update(tokens)
-        latent, places = int(latents[i]), dict[int, float]()
-        for place, value in zip(best.places[latent].tolist(), best.values[latent].tolist(), strict=True):
-            if value > 0 and len(places) < n_examples and all(abs(place - other) > context for other in places):
-                places[place] = value
-        found.append(_Found(latent, float(score[i]), places))
+        if 2 * sum(token in seen for token in tokens) <= n_examples:
+            seen.update(tokens)
+            latent = int(latents[i])
+            found.append(_Found(latent, float(score[i]), _apart(best, latent, n_examples, context)))
     return found
+
+
+def _apart(best: _Best, latent: int, n_examples: int, context: int) -> dict[int, float]:
+    """The latent's strongest places more than ``context`` apart, with the activation at each."""
+    places: dict[int, float] = {}
+    for place, value in zip(best.places[latent].tolist(), best.values[latent].tolist(), strict=True):
+        if value > 0 and len(places) < n_examples and all(abs(place - p) > context for p in places):
+            places[place] = value
+    return places
 
 
 def _describe(

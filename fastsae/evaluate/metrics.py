@@ -53,11 +53,11 @@ class Evaluation:
 
     @property
     def dead_share(self) -> float:
-        """n_silent / n_latents: silent on these tokens. Only tokens enough to let a rare latent fire make it mean dead."""
+        """n_silent / n_latents. Silence on few tokens doesn't mean death: state it with ``tokens``."""
         return self.n_silent / self.n_latents
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """The numbers for a JSON file, without firing_counts; None where one isn't finite (no variance, x = 0)."""
+        """The numbers for a JSON file; None where one isn't finite (no variance, or x = 0 throughout)."""
         numbers = {
             "fvu": self.fvu,
             "explained_variance": self.explained_variance,
@@ -76,9 +76,9 @@ class Evaluation:
 def evaluate(sae: SAE, batches: Iterable[Batch], *, progress: bool = False) -> Evaluation:
     """Measure ``sae`` on ``batches``, in one pass and in ``eval()`` mode, which is undone afterwards.
 
-    Sums are fp64; the variance merges each batch's own mean and squares (Chan et al. 1983), so data far from the origin
-    lose nothing. Memory: one batch, its sparse code and [n_latents] counts. Tokens with NaN or Inf in x or target are
-    left out and counted.
+    Sums are fp64; the variance merges each batch's own mean and squares (Chan et al. 1983), so data far from
+    the origin lose nothing. Memory: one batch, its sparse code and [n_latents] counts. Tokens with NaN or Inf
+    in x or target are left out and counted.
 
     Args:
         sae: the dictionary; batches are moved to its device and dtype, and compared as they came.
@@ -108,16 +108,15 @@ def evaluate(sae: SAE, batches: Iterable[Batch], *, progress: bool = False) -> E
 
 
 def _finite_rows(sae: SAE, batch: Batch) -> tuple[Tensor, Tensor, int]:
-    """x [n, d_in] and target [n, d_out] on the dictionary's device, without rows of NaN or Inf; how many those were."""
+    """x [n, d_in] and target [n, d_out] without rows of NaN or Inf; how many those were."""
     pair = tuple(batch) if isinstance(batch, tuple | list) else (batch, batch)
     if len(pair) != 2 or not all(isinstance(t, Tensor) and t.is_floating_point() for t in pair):
         kinds = ", ".join(str(t.dtype) if isinstance(t, Tensor) else type(t).__name__ for t in pair)
         raise BadType(f"batches: got ({kinds}), expected floating [n, d_in] tensors or (x, target) pairs")
-    widths = (sae.config.d_in, sae.config.d_out)
-    if any(t.ndim == 0 or t.shape[-1] != d for t, d in zip(pair, widths, strict=True)) or (
-        pair[0].shape[:-1] != pair[1].shape[:-1]
-    ):
-        reject("batches", f"x {list(pair[0].shape)}, target {list(pair[1].shape)}", f"[n, {widths[0]}], [n, {widths[1]}]")
+    shapes, widths = [list(t.shape) for t in pair], [W.shape[1] for W in (sae.W_enc, sae.W_dec)]
+    if [shape[-1:] for shape in shapes] != [[d] for d in widths] or shapes[0][:-1] != shapes[1][:-1]:
+        got, expected = (f"x {x}, target {y}" for x, y in (shapes, [["n", d] for d in widths]))
+        reject("batches", got, expected.replace("'", ""))
     x, target = (t.reshape(-1, t.shape[-1]).to(sae.W_enc.device) for t in pair)
     finite = x.isfinite().all(1) & target.isfinite().all(1)
     skipped = int((~finite).sum())
@@ -131,7 +130,7 @@ class _Sums:
         self.sae, device = sae, sae.W_enc.device
         self.tokens = self.skipped = 0
         self.counts = torch.zeros(sae.config.n_latents, dtype=torch.int64, device=device)
-        self.mean = torch.zeros(sae.config.d_out, dtype=torch.float64, device=device)
+        self.mean = torch.zeros(sae.W_dec.shape[1], dtype=torch.float64, device=device)
         # error, variance, cosine, relative norm, tokens with x != 0
         self.totals = torch.zeros(5, dtype=torch.float64, device=device)
 

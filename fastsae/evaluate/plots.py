@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Plot", "draw_plots"]
 
-DOTS_PER_INCH = 160  # twice a page's pixels, for sharp screens
+_DOTS_PER_INCH = 160  # about two for each pixel of a page, for sharp screens
+_FONT_SIZE = 8.5
+_DASHES = (0, (4, 3))
 _BIN = 0.2  # decades
 
 
@@ -34,17 +37,14 @@ class Plot:
 @dataclass(frozen=True)
 class _Palette:
     background: str
-    ink: str
     muted: str
     line: str
     accent: str
     second: str
 
 
-_PALETTES = (
-    _Palette("#ffffff", "#1d1f23", "#686d76", "#e7e7e3", "#2b62d6", "#c2571a"),
-    _Palette("#1b1d22", "#e9e9e6", "#9da2ab", "#30333a", "#86abff", "#f0a35e"),
-)
+_LIGHT = _Palette("#ffffff", "#686d76", "#e7e7e3", "#2b62d6", "#c2571a")
+_DARK = _Palette("#1b1d22", "#9da2ab", "#30333a", "#86abff", "#f0a35e")
 
 
 def draw_plots(log: Sequence[Mapping[str, Any]], evaluation: Evaluation) -> list[Plot]:
@@ -57,28 +57,34 @@ def draw_plots(log: Sequence[Mapping[str, Any]], evaluation: Evaluation) -> list
         ("dead_share", "Dead share", None),
     )
     plots = []
-    for name, heading, held_out in panels:
+    for name, heading, evaluated in panels:
         rows = [(row.get(axis), row.get(name)) for row in log]
-        points = np.array([p for p in rows if all(v is not None and math.isfinite(v) for v in p)], dtype=float)
+        points = np.array(
+            [p for p in rows if all(v is not None and math.isfinite(v) for v in p)], dtype=float
+        )
         if len(points):
-            alt = f"{heading} from {points[0, 1]:.3g} to {points[-1, 1]:.3g} over {points[-1, 0]:,.0f} {axis}"
-            draw = lambda axes, p, curve=(points, axis, held_out, name == "dead_share"): _curve(axes, p, *curve)  # noqa: E731
+            last, first = points[-1], points[0, 1]
+            alt = f"{heading} from {first:.3g} to {last[1]:.3g} over {last[0]:,.0f} {axis}"
+            draw = partial(
+                _curve, points=points, axis=axis, evaluated=evaluated, percent=name == "dead_share"
+            )
             plots.append(Plot(name, heading, alt, _both(draw, (5.2, 2.7))))
-    alt = f"Histogram of firing frequencies; {evaluation.n_silent} of {evaluation.n_latents} latents are silent"
-    draw = lambda axes, p: _histogram(axes, p, evaluation)  # noqa: E731
-    return [*plots, Plot("firing", "How often latents fire", alt, _both(draw, (10.6, 3.2)))]
+    alt = (
+        f"Histogram of firing frequencies: {evaluation.n_silent} of {evaluation.n_latents} latents are silent"
+    )
+    png = _both(partial(_histogram, evaluation=evaluation), (9.2, 2.9))
+    return [*plots, Plot("firing", "How often latents fire", alt, png)]
 
 
-def _both(draw, size: tuple[float, float]) -> tuple[bytes, bytes]:
-    light, dark = (_render(draw, size, palette) for palette in _PALETTES)
-    return light, dark
+def _both(draw: Callable[[Axes, _Palette], None], size: tuple[float, float]) -> tuple[bytes, bytes]:
+    return _render(draw, size, _LIGHT), _render(draw, size, _DARK)
 
 
-def _render(draw, size: tuple[float, float], palette: _Palette) -> bytes:
+def _render(draw: Callable[[Axes, _Palette], None], size: tuple[float, float], palette: _Palette) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained", facecolor=palette.background)
+    figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, layout="constrained", facecolor=palette.background)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(facecolor=palette.background)
     for side, spine in axes.spines.items():
@@ -86,68 +92,69 @@ def _render(draw, size: tuple[float, float], palette: _Palette) -> bytes:
         spine.set_color(palette.muted)
     axes.grid(axis="y", color=palette.line, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=palette.muted, labelsize=8.5, length=0, pad=5, which="both")
+    axes.tick_params(colors=palette.muted, labelsize=_FONT_SIZE, length=0, pad=5, which="both")
     draw(axes, palette)
     out = io.BytesIO()
     figure.savefig(out, format="png", facecolor=palette.background, metadata={"Software": None})
     return out.getvalue()
 
 
+def _note(axes: Axes, text: str, at: tuple[float, float], color: str, **options: Any) -> None:
+    axes.annotate(text, at, textcoords="offset points", color=color, fontsize=_FONT_SIZE, **options)
+
+
 def _curve(
-    axes: Axes, palette: _Palette, points: np.ndarray, axis: str, held_out: float | None, percent: bool
+    axes: Axes, palette: _Palette, *, points: np.ndarray, axis: str, evaluated: float | None, percent: bool
 ) -> None:
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator
 
     x, y = points.T
+    if evaluated is not None and math.isfinite(evaluated):
+        axes.axhline(evaluated, color=palette.second, linewidth=1.2, linestyle=_DASHES)
+        where = {"xycoords": axes.get_yaxis_transform(), "xytext": (0, 3), "va": "bottom"}
+        _note(axes, f"evaluated {evaluated:.3g}", (0.01, evaluated), palette.second, **where)
+        shown = np.append(y, evaluated)
+    else:
+        shown = y
     axes.plot(x, y, color=palette.accent, linewidth=1.8, marker="o" if len(x) == 1 else "")
-    shown = y if held_out is None or not math.isfinite(held_out) else np.append(y, held_out)
-    if len(shown) > len(y):
-        axes.axhline(held_out, color=palette.second, linewidth=1.2, linestyle=(0, (4, 3)))
-        label = {"color": palette.second, "fontsize": 8.5, "ha": "left", "va": "bottom"}
-        axes.annotate(
-            f"evaluated {held_out:.3g}", (0.01, held_out), (0, 3), axes.get_yaxis_transform(),
-            textcoords="offset points", **label,
-        )  # fmt: skip
     if shown.min() > 0 and shown.max() > 20 * shown.min():
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_locator(NullLocator())
-    elif np.ptp(shown) < 0.02 * abs(shown.max()):  # a constant: don't magnify its noise
-        axes.set_ylim(sorted((0, 1.25 * shown.max())) if shown.any() else (0, 1))
+    elif np.ptp(shown) <= 0.02 * abs(shown.max()):  # a constant: don't magnify its noise
+        low, high = sorted((0.0, 1.25 * float(shown.max()) or 1.0))
+        axes.set_ylim(low, high)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:g} %" if percent else f"{v:g}"))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlabel(axis, color=palette.muted, fontsize=8.5)
+    axes.set_xlabel(axis, color=palette.muted, fontsize=_FONT_SIZE)
     axes.margins(x=0.02)
 
 
-def _histogram(axes: Axes, palette: _Palette, evaluation: Evaluation) -> None:
+def _histogram(axes: Axes, palette: _Palette, *, evaluation: Evaluation) -> None:
     """Latents by log10 of the share of tokens on which they fire; the silent ones as a bar of their own."""
     from matplotlib.ticker import FuncFormatter
 
     fired = evaluation.firing_counts[evaluation.firing_counts > 0].double().numpy()
     low = -math.log10(evaluation.tokens)  # one firing
-    edges = np.arange(low, _BIN, _BIN)
-    edges = np.append(edges, edges[-1] + _BIN) if edges[-1] < 0 else edges
+    edges = low + _BIN * np.arange(math.floor(-low / _BIN) + 2)  # the last bin holds log10(1) = 0
     heights, _ = np.histogram(np.log10(fired) + low, bins=edges - 1e-9)
-    axes.bar(edges[:-1], heights, width=0.92 * _BIN, align="edge", color=palette.accent)
+    width = 0.92 * _BIN
+    axes.bar(edges[:-1], heights, width=width, align="edge", color=palette.accent)
     silent = low - 2.5 * _BIN
-    axes.bar(silent, evaluation.n_silent, width=0.92 * _BIN, align="edge", color=palette.second)
-    note = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 8.5}
-    axes.annotate(
-        f"{evaluation.n_silent:,} silent", (silent + _BIN / 2, evaluation.n_silent), (0, 3),
-        color=palette.second, **note,
-    )  # fmt: skip
+    axes.bar(silent, evaluation.n_silent, width=width, align="edge", color=palette.second)
+    at = (silent + width / 2, evaluation.n_silent)
+    _note(
+        axes, f"{evaluation.n_silent:,} silent", at, palette.second, xytext=(0, 3), ha="center", va="bottom"
+    )
     if evaluation.l0 > 0:
         mean = math.log10(evaluation.l0 / evaluation.n_latents)
-        axes.axvline(mean, color=palette.muted, linewidth=1, linestyle=(0, (4, 3)))
-        axes.annotate(
-            "mean", (mean, 1), (4, -2), axes.get_xaxis_transform(), textcoords="offset points", ha="left",
-            va="top", fontsize=8.5, color=palette.muted,
-        )  # fmt: skip
+        axes.axvline(mean, color=palette.muted, linewidth=1, linestyle=_DASHES)
+        where = {"xycoords": axes.get_xaxis_transform(), "xytext": (4, -2), "va": "top"}
+        _note(axes, "mean", (mean, 1), palette.muted, **where)
     axes.set_xticks(range(math.ceil(low), 1))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * 10.0**v:g} %"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
     axes.set_xlim(silent - 1.5 * _BIN, max(_BIN, edges[-1]))
-    axes.set_xlabel("share of tokens on which a latent fires", color=palette.muted, fontsize=8.5)
-    axes.set_ylabel("latents", color=palette.muted, fontsize=8.5)
+    axes.set_xlabel("share of tokens on which a latent fires", color=palette.muted, fontsize=_FONT_SIZE)
+    axes.set_ylabel("latents", color=palette.muted, fontsize=_FONT_SIZE)
     axes.margins(y=0.12)

@@ -22,7 +22,8 @@ _SILENT_SHOWN = 200
 _CLOSING, _OPENING, _JOINING, _QUOTES = set(".,;:!?)]}%"), set("([{"), set("-/"), set("'’")
 _CONTRACTED = {"s", "t", "re", "ve", "ll", "d", "m"}
 _VISIBLE = str.maketrans(
-    {code: chr(0x2400 + code) for code in range(32)} | {"\n": "↵", "\t": "⇥", "\x7f": "␡", "Ġ": " ", "▁": " ", "Ċ": "↵"}
+    {code: chr(0x2400 + code) for code in range(32)}
+    | {"\n": "↵", "\t": "⇥", "\x7f": "␡", "Ġ": " ", "▁": " ", "Ċ": "↵"}
 )
 
 
@@ -44,13 +45,14 @@ def write_report(
         directory: made where it doesn't exist.
         sae: the dictionary, for its own description.
         evaluation: what :func:`evaluate` found.
-        log: rows as in log.jsonl; curves of loss, fvu, l0 and dead_share against tokens (or step), where they have them.
-            None and NaN are left out.
+        log: rows as in log.jsonl: loss, fvu, l0 and dead_share are drawn against tokens (or step), as far as
+            rows have them and they are finite.
         examples: from :func:`top_examples`; None leaves out the section.
         title: of the page.
-        facts: what was trained (model, hook, lr, ...), shown as a table after the dictionary's own entries, which it may
-            replace. "tokens" and "seconds" of training stand with the headline numbers; without them "tokens" is the
-            log's last.
+        facts: what was trained (model, hook, lr, ...), for the table; the dictionary's own entries (latents,
+            width, activation, losses, normalization) follow where they aren't among them. "tokens" and
+            "seconds" of training go to the headline numbers; without the first, the tokens of the log's last
+            row do.
 
     Raises:
         ValueError, TypeError: an evaluation of another number of latents; arguments of another kind.
@@ -60,17 +62,24 @@ def write_report(
     check_type("sae", sae, SAE, "an SAE")
     check_type("evaluation", evaluation, Evaluation, "what fastsae.evaluate.evaluate returns")
     if evaluation.n_latents != sae.config.n_latents:
-        reject("evaluation", f"one of {evaluation.n_latents} latents", f"{sae.config.n_latents}, as the dictionary's")
+        reject(
+            "evaluation",
+            f"one of {evaluation.n_latents} latents",
+            f"{sae.config.n_latents}, as the dictionary's",
+        )
     facts = dict(facts or {})
     tokens = facts.pop("tokens", log[-1].get("tokens") if log else None)
     seconds = facts.pop("seconds", None)
+    own = {name: value for name, value in _describe(sae).items() if name not in facts}
     plots = draw_plots(log, evaluation)
     source = resources.files("fastsae.evaluate").joinpath("report.html.j2").read_text("utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     page = environment.from_string(source).render(
         title=title,
         headline=_headline(evaluation, tokens, seconds),
-        facts={name: _number(value) for name, value in (_describe(sae) | facts).items()},
+        facts={name: _number(value) for name, value in (facts | own).items()},
         evaluation=evaluation,
         plots=[(plot, *map(_data_url, plot.png)) for plot in plots],
         silent=_silent(evaluation),
@@ -80,7 +89,9 @@ def write_report(
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     for plot in plots:
         for png, suffix in zip(plot.png, ("", "-dark"), strict=True):
-            write_atomically(folder / "plots" / f"{plot.name}{suffix}.png", lambda path, png=png: path.write_bytes(png))
+            write_atomically(
+                folder / "plots" / f"{plot.name}{suffix}.png", lambda path, png=png: path.write_bytes(png)
+            )
     data = page.encode("utf-8", "replace")
     write_atomically(folder / "report.html", lambda path: path.write_bytes(data))
     return folder / "report.html"
@@ -88,35 +99,42 @@ def write_report(
 
 def _describe(sae: SAE) -> dict[str, Any]:
     config = sae.config
-    entries = {
+    return {
         "latents": config.n_latents,
         "width": config.d_in if config.d_in == config.d_out else f"{config.d_in:,} → {config.d_out:,}",
         "activation": config.activation,
-        "losses": ", ".join(map(str, (config.reconstruction, *config.losses))),
+        "losses": (config.reconstruction, *config.losses),
         "normalization": config.normalization,
     }
-    return entries
 
 
-def _headline(evaluation: Evaluation, tokens: int | None, seconds: float | None) -> list[tuple[str, str, str]]:
+def _headline(
+    evaluation: Evaluation, tokens: int | None, seconds: float | None
+) -> list[tuple[str, str, str]]:
     """Label, number and remark of each tile."""
     e = evaluation
     tiles = [
         ("FVU", _number(e.fvu), "fraction of variance unexplained"),
         ("Explained variance", _percent(e.explained_variance), "1 − FVU"),
         ("L0", _number(e.l0), "latents active per token"),
-        ("Dead share", _percent(e.dead_share), f"{e.n_silent:,} of {e.n_latents:,} silent on {e.tokens:,} tokens"),
+        (
+            "Dead share",
+            _percent(e.dead_share),
+            f"{e.n_silent:,} of {e.n_latents:,} silent on {e.tokens:,} tokens",
+        ),
     ]
     if tokens is not None:
         tiles.append(("Trained on", _number(tokens), "tokens"))
     if seconds is not None:
-        size, unit = next((size, unit) for size, unit in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= 2 * size or size == 1)
+        size, unit = (1, "s") if seconds < 120 else (60, "min") if seconds < 7200 else (3600, "h")
         remark = f"{tokens / seconds:,.0f} tokens per second" if tokens and seconds > 0 else "of training"
         tiles.append(("Time", f"{seconds / size:.3g} {unit}", remark))
     return tiles
 
 
 def _number(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_number, value))
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int):
@@ -125,8 +143,7 @@ def _number(value: Any) -> str:
 
 
 def _percent(share: float) -> str:
-    """Three digits at most, and 100 % or 0 % only where it is."""
-    return f"{100 * share:.{2 if abs(share) < 0.01 else 1}f} %" if 0 < share < 1 else f"{100 * share:.0f} %"
+    return f"{100 * share:.3g} %"
 
 
 def _silent(evaluation: Evaluation) -> str:
@@ -161,7 +178,7 @@ def _latents(examples: Sequence[LatentExamples]) -> list[dict[str, Any]]:
 
 
 def _line(example: Example, highest: float, own_spaces: bool) -> dict[str, Any]:
-    """An example cut at its marked token into pieces: the space before, the text, and the strength in 0..1."""
+    """An example cut at its marked token, in pieces: the space before, the text, its strength in 0..1."""
     pieces = []
     for i, activation in enumerate(example.activations):
         space, text = _spell(example.tokens, i, own_spaces)

@@ -86,7 +86,7 @@ class RowAdam(torch.optim.Optimizer):
     # -- public ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> Tensor | None:
+    def step(self, closure: Callable | None = None):
         """Update from the ``.grad`` of every parameter. Raises ValueError at a gradient that holds NaN or Inf."""
         loss = None
         if closure is not None:
@@ -101,7 +101,7 @@ class RowAdam(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None:
                     rows, grad = _touched(param.grad, dense=not self._by_rows(group, param))
-                    self.update_rows_(param, rows, lambda lo, hi, grad=grad: grad[lo:hi])
+                    self.update_rows_(param, rows, _slicer(grad))
         self.end_step_()
         return loss
 
@@ -187,13 +187,18 @@ class RowAdam(torch.optim.Optimizer):
         state = self._state(param)
         wide = [t.detach().view(t.shape[0], -1) for t in (param, state["exp_avg"], state["exp_avg_sq"])]
         last_step = state["last_step"]
+        places = None if isinstance(rows, slice) else rows
         if isinstance(rows, slice):  # views of consecutive rows need no gather
-            wide, last_step, rows = [t[rows] for t in wide], last_step[rows], None
+            wide, last_step = [t[rows] for t in wide], last_step[rows]
         torch.ops.fastsae.row_update(
-            *wide, last_step, rows, None if grad is None else grad.reshape(grad.shape[0], -1),
+            *wide, last_step, places, None if grad is None else grad.reshape(grad.shape[0], -1),
             group["coast"] if group["mode"] == "deferred" else None,
             float(group["lr"]), *group["betas"], group["eps"], group["steps"], group["unit_norm"], resolve(self.backend),
         )  # fmt: skip
+
+
+def _slicer(grad: Tensor) -> Callable[[int, int], Tensor]:
+    return lambda lo, hi: grad[lo:hi]
 
 
 def _wide(t: Tensor) -> torch.dtype:

@@ -103,6 +103,12 @@ class RunOptions:
             check_number(name, getattr(self, name), integer=True, low=1)
         if self.tokens is not None:
             check_number("tokens", self.tokens, integer=True, low=self.batch_size)
+        # every other check, before any work: the same objects at width 1, without memory
+        sae = SAE(
+            self.sae_config(1, 1), device="meta", dtype=_DTYPES[self.dtype], weight_format=self.weight_format,
+            backend=self.backend,
+        )  # fmt: skip
+        Trainer(sae, [], dataclasses.replace(self.train_config(), n_steps=1))
 
     def sae_config(self, d_in: int, n_tokens: int) -> SAEConfig:
         """The dictionary for activations of width ``d_in``, trained on ``n_tokens`` tokens."""
@@ -222,8 +228,7 @@ def _split(store: ActivationStore, options: RunOptions):
 
 def _evaluate(sae: SAE, store: ActivationStore, rows, options: RunOptions) -> Evaluation:
     batches = Batches(store, options.batch_size, rows=rows, shuffle=False, drop_last=False)
-    place = {"device": sae.W_enc.device, "dtype": sae.W_enc.dtype}
-    return evaluate(sae, (x.to(**place) for x in batches))
+    return evaluate(sae, (x.to(sae.W_enc.device, sae.W_enc.dtype) for x in batches))
 
 
 def _report(options: RunOptions, sae: SAE, store: ActivationStore, evaluation: Evaluation, metrics: dict) -> None:

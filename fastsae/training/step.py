@@ -81,7 +81,10 @@ def _step(sae: SAE, opt: RowAdam, x: Tensor, target: Tensor | None, scale: dict[
         if isinstance(term, DecoderNormL1):
             l1 = scale[term.name] * term.coefficient / n
             terms[term.name] = scale[term.name] * losses.decoder_norm_l1(code, sae.W_dec, term.coefficient)
-        elif isinstance(term, AuxK) and len(dead):
+        elif isinstance(term, AuxK):
+            terms[term.name] = torch.zeros_like(weight)
+            if not len(dead):
+                continue
             k = term.resolve_k(config.d_in)
             aux = F.encode(x, sae.W_enc, sae.b_enc, TopK(min(k, len(dead))), subset=dead, backend=backend)
             missed = losses.upcast(F.decode(aux, sae.W_dec, backend=backend)) + error
@@ -127,7 +130,7 @@ def _step(sae: SAE, opt: RowAdam, x: Tensor, target: Tensor | None, scale: dict[
 
     variance = (target - target.mean(0)).square().sum()
     return {
-        "loss": sum(terms.values()),
+        "loss": torch.stack([*terms.values()]).sum(),
         **terms,
         "fvu": squares / variance,
         "l0": code.l0().float().mean(),

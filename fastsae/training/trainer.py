@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,10 +159,7 @@ class Trainer:
                     if log is not None:
                         log.write(row)
                     bar.n = self.step
-                    bar.set_postfix_str(
-                        f"{row['tokens_per_s']:,.0f} tok/s, FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}, "
-                        f"dead {row['dead_share']:.1%}"
-                    )
+                    bar.set_postfix_str(_summary(row))
         finally:
             if log is not None:
                 log.close()
@@ -186,7 +183,8 @@ class Trainer:
             rise = min(1.0, (self.step + 1) / max(1, round(config.sparsity_warmup * self.n_steps)))
             scale = {term.name: rise for term in self.sae.config.losses if term.name in _SPARSITY_TERMS}
             device = self.sae.W_enc.device
-            x, target = (t if t is None else t.to(device, self.sae.W_enc.dtype) for t in (x, target))
+            x = x.to(device, self.sae.W_enc.dtype)
+            target = None if target is None else target.to(device, self.sae.W_enc.dtype)
             metrics = train_step(self.sae, self.opt, x, target, scale)
             self.step += 1
             self.stopped = self._signal is not None
@@ -272,6 +270,13 @@ class Trainer:
         restore_random_state(tree["random"])
 
 
+def _summary(row: dict[str, Any]) -> str:
+    numbers = (
+        "NaN batch skipped" if row["fvu"] is None else f"FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}"
+    )
+    return f"{row['tokens_per_s']:,.0f} tok/s, {numbers}, dead {row['dead_share']:.1%}"
+
+
 def _plain(value: Any) -> Any:
     """Tuples as lists, as they come back from a checkpoint."""
     if isinstance(value, dict):
@@ -282,7 +287,7 @@ def _plain(value: Any) -> Any:
 def _total_steps(activations: Iterable, config: TrainConfig) -> int:
     if config.n_steps is not None:
         return config.n_steps
-    if not hasattr(activations, "__len__"):
+    if not isinstance(activations, Sized):
         reject("n_steps", None, "a number of steps, since the activations have no length")
     return len(activations)
 
@@ -304,5 +309,5 @@ def _signals(handle: Callable[[int], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        for stop, handler in old.items():
+            signal.signal(stop, handler)

@@ -1,0 +1,153 @@
+"""The contract: each operator has a schema, a fake, documented implementations and tests; opcheck."""
+
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from fastsae import TopK, autograd, backends, ops
+from fastsae import functional as F
+from fastsae.testing import assert_same, problem, random_code
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DIFFERENTIABLE = {"encode", "decode"}
+
+
+@pytest.mark.parametrize("op", ops.OPERATORS)
+def test_operator_is_complete(op):
+    overload = getattr(torch.ops.fastsae, op).default
+    schema = torch._C.parse_schema(f"fastsae::{op}{ops.OPERATORS[op]}")
+    assert overload._schema == schema
+    assert [a.name for a in schema.arguments][-1] == "backend"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CompositeExplicitAutograd")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "Meta"), "no fake"
+    assert {"reference", "torch"} <= set(ops.BACKENDS)
+    for backend in ops.BACKENDS:
+        implementation = ops.implementation(op, backend)
+        assert implementation.__doc__, backend
+        takes = list(inspect.signature(implementation).parameters)
+        assert takes == [a.name for a in schema.arguments][:-1], backend
+    assert Path(__file__).with_name(f"test_ops_{op}.py").exists()
+    if op in DIFFERENTIABLE:
+        assert issubclass(getattr(autograd, op.capitalize()), torch.autograd.Function)
+        assert getattr(F, op).__doc__
+
+
+def test_every_backend_offers_the_operators_and_nothing_else():
+    for backend in ops.BACKENDS:
+        module = importlib.import_module(f"fastsae.backends.{backend}")
+        assert sorted(module.__all__) == sorted(ops.OPERATORS)
+
+
+def test_only_the_row_update_changes_its_arguments():
+    for op in ops.OPERATORS:
+        schema = getattr(torch.ops.fastsae, op).default._schema
+        changed = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+        assert changed == (["weight", "exp_avg", "exp_avg_sq", "last_step"] if op == "row_update" else [])
+
+
+def operands(dtype, n, m):
+    """Arguments of every operator, less the backend."""
+    x, W_enc, b_enc, W_dec, b_dec = problem(n, 5, m).to(dtype)
+    code = random_code(n, m, spare=3)
+    values, indices, offsets = code.values.to(dtype), code.indices, code.offsets
+    _, starts, tokens, order = torch.ops.fastsae.transpose(values, indices, offsets, m, "reference")
+    threshold, subset = torch.linspace(-1, 2, m), torch.arange(0, m, 3)
+    wide = torch.promote_types(dtype, torch.float32)
+    moments = torch.zeros(m, 5, dtype=wide), torch.zeros(m, 5, dtype=wide), torch.zeros(m, dtype=torch.int32)
+    coast = torch.ones(8, dtype=torch.float64)
+    adam = (1e-3, 0.9, 0.999, 1e-8, 3, True)
+    yield "encode", (x, W_enc, b_enc, None, None, "topk", 3)
+    yield "encode", (x, W_enc, None, None, None, "topk", m)
+    yield "encode", (x, W_enc, b_enc, None, subset, "topk", 1)
+    yield "encode", (x, W_enc, b_enc, None, None, "batchtopk", 3)
+    yield "encode", (x, W_enc, b_enc, threshold, None, "threshold", 0)
+    yield "encode", (x, W_enc, b_enc, threshold[subset], subset, "threshold", 0)
+    yield "encode", (x, W_enc, b_enc, torch.tensor(0.5), None, "threshold", 0)
+    yield "decode", (values, indices, offsets, W_dec, b_dec)
+    yield "decode", (values, indices, offsets, W_dec, None)
+    yield "code_grad", (x, W_dec, indices, offsets)
+    yield "transpose", (values, indices, offsets, m)
+    yield "row_grads", (values[order], x, starts, tokens)
+    yield "row_grads", (values[order], x, starts[1:3], tokens)
+    yield "row_update", (W_enc, *moments, None, torch.ones(m, 5), None, *adam)
+    yield "row_update", (W_enc, *moments, subset, torch.ones(len(subset), 5), coast, *adam)
+    yield "row_update", (W_enc, *moments, None, None, coast, *adam)
+
+
+@pytest.mark.parametrize("backend", ops.BACKENDS)
+@pytest.mark.parametrize(
+    ("dtype", "n", "m"), [(torch.float32, 6, 11), (torch.bfloat16, 3, 11), (torch.float32, 0, 4)], ids=str
+)
+def test_opcheck(backend, dtype, n, m):
+    """Schema, fake and aliasing, with symbolic shapes too."""
+    tested = set()
+    for op, args in operands(dtype, n, m):
+        opcheck(getattr(torch.ops.fastsae, op).default, (*args, backend))
+        tested.add(op)
+    assert tested == set(ops.OPERATORS)
+
+
+@pytest.mark.parametrize("backend", ops.BACKENDS)
+def test_fakes_have_the_shapes_dtypes_and_strides_of_the_results(backend):
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        for op, args in operands(dtype, 6, 11):
+            if "threshold" in args:
+                continue  # how many entries is known after the fact
+            run = getattr(torch.ops.fastsae, op)
+            faked = run(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args), backend)
+            real = run(*args, backend)
+            pairs = zip(
+                *((r,) if isinstance(r, torch.Tensor) else r or () for r in (faked, real)), strict=True
+            )
+            assert all((f.shape, f.dtype, f.stride()) == (r.shape, r.dtype, r.stride()) for f, r in pairs), op
+
+
+# torch._dynamo itself makes the instance it warns of
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compile_without_a_graph_break():
+    torch._dynamo.reset()
+    p = problem(5, 7, 50)
+
+    def reconstruct(x, W_enc, b_enc, W_dec, b_dec):
+        return F.decode(F.encode(x, W_enc, b_enc, TopK(3)), W_dec, b_dec)
+
+    results = []
+    for run in (reconstruct, torch.compile(reconstruct, fullgraph=True, backend="aot_eager")):
+        leaves = [t.clone().requires_grad_() for t in p]
+        x_hat = run(*leaves)
+        x_hat.square().sum().backward()
+        results.append([x_hat, *(leaf.grad for leaf in leaves)])
+    for eager, compiled in zip(*results, strict=True):
+        assert_same(compiled, eager)
+
+
+def test_available_and_resolve():
+    names = backends.available()
+    assert list(names) == ["reference", "torch", "triton", "cuda"]
+    assert names["reference"] is None
+    assert names["torch"] is None
+    assert all(reason is None or len(reason) > 10 for reason in names.values())
+    assert backends.resolve("auto") in ops.BACKENDS
+    for name, reason in names.items():
+        if reason is None:
+            assert backends.resolve(name) == name
+        else:
+            with pytest.raises(
+                ValueError, match=f"backend: got '{name}', expected a usable one .*: {reason}"
+            ):
+                backends.resolve(name)
+    with pytest.raises(ValueError, match="backend: got 'tritn', expected one of 'auto', 'reference'"):
+        backends.resolve("tritn")
+
+
+def test_diagnose_survives_the_import_of_a_backend():
+    """The module fastsae.backends.torch must not shadow PyTorch in its package."""
+    ops.implementation("encode", "torch")
+    report = backends.diagnose()
+    assert report["torch"] == torch.__version__
+    assert report["backend reference"] == "ok"

@@ -1,0 +1,301 @@
+"""The trainer: schedules, logs, checkpoints, resume after any end, NaN batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from fastsae import SAE, AuxK, DecoderNormL1, ReLU, SAEConfig, TopK
+from fastsae.data import Batches, ShuffleBuffer
+from fastsae.training import NotFinite, TrainConfig, Trainer
+from fastsae.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from fastsae.training.logs import read_log
+
+CONFIG = TrainConfig(lr=1e-2, log_every=1, checkpoint_every=5, progress=False)
+
+
+def make(out, x, *, batches=None, **changes):
+    torch.manual_seed(0)
+    sae = SAE(SAEConfig(8, 32, TopK(3), losses=(AuxK(1 / 8, 4, 200),), normalization="scalar")).calibrate_(x)
+    batches = Batches(x, 32, seed=1) if batches is None else batches
+    return Trainer(sae, batches, dataclasses.replace(CONFIG, out=out, **changes))
+
+
+@pytest.fixture
+def x():
+    return torch.randn(640, 8, generator=torch.Generator().manual_seed(0))
+
+
+def same_weights(a, b):
+    return all(torch.equal(t, b.state_dict()[name]) for name, t in a.state_dict().items())
+
+
+def losses(out):
+    return [(row["step"], row["loss"], row["fvu"], row["l0"]) for row in read_log(out / "log.jsonl")]
+
+
+def stop_after(trainer, n):
+    """Interrupt the trainer as Ctrl-C does, while it takes its n-th step."""
+    steps = trainer._steps
+
+    def interrupted():
+        for row in steps():
+            if row["step"] == n - 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield row
+
+    trainer._steps = interrupted
+    return trainer.fit()
+
+
+def test_fit_writes_the_run_and_learns(tmp_path, x):
+    trainer = make(tmp_path / "run", x)
+    final = trainer.fit()
+    rows = read_log(tmp_path / "run/log.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert final["tokens"] == 640
+    assert {"loss", "fvu", "l0", "dead_share", "lr", "tokens_per_s", "auxk", "skipped"} <= rows[0].keys()
+    assert SAE.load(tmp_path / "run").config == trainer.sae.config
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == [
+        "step-000000015",
+        "step-000000020",
+    ]
+
+
+def test_an_exported_dictionary_is_flushed_and_the_checkpoint_is_not(tmp_path, x):
+    trainer = make(tmp_path / "run", x)
+    trainer.fit()
+    pending = load_checkpoint(latest_checkpoint(tmp_path / "run/checkpoints"))
+    assert torch.equal(SAE.load(tmp_path / "run").W_enc, trainer.sae.W_enc)
+    assert not torch.equal(pending["sae"]["W_enc"], trainer.sae.W_enc)
+    steps = pending["optimizer"]["state"][0]["last_step"]
+    assert steps.dtype == torch.int32
+    assert steps.min() < 20
+
+
+def test_learning_rate_rises_holds_and_falls(tmp_path, x):
+    trainer = make(tmp_path, x, warmup=0.2, decay=0.25)
+    trainer.fit()
+    rates = [row["lr"] for row in read_log(tmp_path / "log.jsonl")]
+    expected = [2.5e-3, 5e-3, 7.5e-3] + [1e-2] * 13 + [8e-3, 6e-3, 4e-3, 2e-3]
+    assert rates == pytest.approx(expected)
+
+
+def test_sparsity_coefficient_warms_up(tmp_path, x):
+    torch.manual_seed(0)
+    sae = SAE(SAEConfig(8, 32, ReLU(), losses=(DecoderNormL1(5.0),)))
+    config = dataclasses.replace(CONFIG, out=tmp_path, lr=0.0, sparsity_warmup=0.5)
+    Trainer(sae, [x[:32]] * 20, config).fit()
+    terms = [row["decoder_norm_l1"] for row in read_log(tmp_path / "log.jsonl")]
+    assert [t / terms[-1] for t in terms[:12]] == pytest.approx([i / 10 for i in range(1, 11)] + [1, 1])
+
+
+@pytest.mark.parametrize("kind", ["batches", "buffer", "list"])
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, x, kind):
+    def source():
+        if kind == "batches":
+            return Batches(x, 32, seed=1)
+        return (
+            ShuffleBuffer(list(x.split(50)), 32, size=128, seed=1) if kind == "buffer" else list(x.split(32))
+        )
+
+    whole = make(tmp_path / "whole", x, batches=source(), n_steps=20)
+    whole.fit()
+    parts = make(tmp_path / "parts", x, batches=source(), n_steps=20)
+    stop_after(parts, 8)
+    assert parts.stopped
+    assert parts.step == 8
+    assert SAE.load(tmp_path / "parts")  # a stopped run leaves a usable dictionary
+    torch.manual_seed(99)
+    again = make(tmp_path / "parts", x, batches=source(), n_steps=20)
+    again.fit(resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert same_weights(again.sae, whole.sae)
+
+
+def test_resume_of_a_finished_run_changes_nothing(tmp_path, x):
+    first = make(tmp_path, x)
+    row = first.fit()
+    again = make(tmp_path, x)
+    assert again.fit(resume=True)["loss"] == row["loss"]
+    assert same_weights(again.sae, first.sae)
+
+
+def test_resume_with_no_checkpoint_starts_anew(tmp_path, x):
+    make(tmp_path, x).fit(resume=True)
+    assert len(losses(tmp_path)) == 20
+
+
+def test_a_run_is_not_overwritten(tmp_path, x):
+    make(tmp_path, x).fit()
+    before = losses(tmp_path)
+    with pytest.raises(ValueError, match=r"out: got .* holds a run, expected another folder, or resume"):
+        make(tmp_path, x).fit()
+    assert losses(tmp_path) == before
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, x):
+    make(tmp_path, x).fit()
+    with pytest.raises(ValueError, match="resume: got a checkpoint of a run of 20 steps, expected one of 30"):
+        make(tmp_path, x, n_steps=30).fit(resume=True)
+    sae = SAE(SAEConfig(8, 64, TopK(3)))
+    with pytest.raises(ValueError, match="resume: got a checkpoint of"):
+        Trainer(sae, Batches(x, 32), dataclasses.replace(CONFIG, out=tmp_path)).fit(resume=True)
+
+
+def test_nan_batches_are_skipped_and_counted(tmp_path, x):
+    bad = [*x.split(32)]
+    bad[3] = torch.full((32, 8), torch.nan)
+    trainer = make(tmp_path, x, batches=bad)
+    final = trainer.fit()
+    rows = read_log(tmp_path / "log.jsonl")
+    assert final["skipped"] == 1
+    assert rows[3]["loss"] is None
+    assert all(row["loss"] is not None for row in rows if row["step"] != 4)
+    assert all(t.isfinite().all() for t in trainer.sae.parameters())
+    assert trainer.sae.tokens_seen == 19 * 32
+
+
+def test_nan_can_stop_the_run_and_loses_nothing(tmp_path, x):
+    bad = [*x.split(32)]
+    bad[7] = bad[7] * torch.inf
+    with pytest.raises(NotFinite, match="NaN or Inf in the batch of step 8"):
+        make(tmp_path, x, batches=bad, on_nan="stop").fit()
+    assert latest_checkpoint(tmp_path / "checkpoints").name == "step-000000008"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"warmup": 0.75, "decay": 0.5}, r"warmup \+ decay: got 1.25"),
+        ({"on_nan": "ignore"}, "on_nan: got 'ignore'"),
+        ({"n_steps": 0}, "n_steps: got 0"),
+        ({"log_every": 1.5}, "log_every: got float"),
+    ],
+)
+def test_bad_config(changes, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        TrainConfig(**changes)
+
+
+def test_length_must_be_known(x):
+    with pytest.raises(ValueError, match="n_steps: got None"):
+        Trainer(SAE(SAEConfig(8, 32, TopK(3))), iter([x]), TrainConfig())
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_round_trip(tmp_path):
+    tree = {
+        "a": torch.arange(3, dtype=torch.int32),
+        "b": {0: [1, 2.5, None, "x", True], "c": {}},
+        "d": torch.tensor(2.0),
+    }
+    path = save_checkpoint(tmp_path, 7, tree)
+    got = load_checkpoint(path)
+    assert torch.equal(got["a"], tree["a"])
+    assert got["a"].dtype == torch.int32
+    assert got["b"] == tree["b"]
+    assert got["d"] == 2
+
+
+def test_only_the_newest_checkpoints_are_kept_and_leftovers_go(tmp_path):
+    (tmp_path / ".step-000000001.tmp").mkdir()
+    for step in (1, 2, 10, 3):
+        save_checkpoint(tmp_path, step, {}, keep=2)
+    assert latest_checkpoint(tmp_path).name == "step-000000010"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    path = save_checkpoint(tmp_path, 1, {"a": torch.ones(100)})
+    file = path / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="delete it to resume from the one before"):
+        load_checkpoint(path)
+
+
+def test_what_is_no_plain_value_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="checkpoint/a: got set"):
+        save_checkpoint(tmp_path, 1, {"a": {1, 2}})
+    assert latest_checkpoint(tmp_path) is None
+
+
+# -- a run as a process --------------------------------------------------------------------------------------------------
+
+
+def command(folder, *more):
+    return [
+        sys.executable, "-m", "fastsae", "train", "--activations", str(folder / "x.npy"), "--out", str(folder / "run"),
+        "--latents", "256", "--k", "4", "--batch-size", "64", "--tokens", "25600", "--lr", "0.003", "--log-every", "1",
+        "--checkpoint-every", "7", "--no-progress", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    import numpy as np
+
+    folder = tmp_path_factory.mktemp("runs")
+    np.save(folder / "x.npy", np.random.default_rng(0).standard_normal((4000, 16), dtype=np.float32))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+    subprocess.run(command(folder), check=True, capture_output=True)
+    rows = losses(folder / "run")
+    (folder / "run").rename(folder / "whole")
+    return rows
+
+
+def started(process, log):
+    while not log.exists() or len(log.read_text().splitlines()) < 10:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def test_a_killed_run_resumes_bit_for_bit(folder, uninterrupted):
+    """SIGKILL at random moments, twice; the losses are those of a run that was never stopped."""
+    rng = random.Random()
+    log = folder / "run/log.jsonl"
+    for more in ([], ["--resume"]):
+        process = subprocess.Popen(command(folder, *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        started(process, log)
+        time.sleep(rng.uniform(0, 0.7))
+        process.kill()
+        process.communicate()
+        for checkpoint in (folder / "run/checkpoints").glob("step-*"):
+            load_checkpoint(checkpoint)  # whatever has its final name is whole
+    subprocess.run(command(folder, "--resume"), check=True, capture_output=True)
+    assert losses(folder / "run") == uninterrupted
+    assert json.loads((folder / "run/metrics.json").read_text()) | {"seconds": 0} == json.loads(
+        (folder / "whole/metrics.json").read_text()
+    ) | {"seconds": 0}
+    (folder / "run").rename(folder / "killed")
+
+
+def test_sigterm_ends_cleanly_and_resume_needs_no_flags(folder, uninterrupted):
+    process = subprocess.Popen(command(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started(process, folder / "run/log.jsonl")
+    process.terminate()
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "continue with --resume" in output
+    subprocess.run(
+        [sys.executable, "-m", "fastsae", "train", "--out", str(folder / "run"), "--resume"],
+        check=True,
+        capture_output=True,
+    )
+    assert losses(folder / "run") == uninterrupted

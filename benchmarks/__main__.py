@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.table import Table
 from fastsae.benchmarks.measure import describe_machine
 from fastsae.benchmarks.suites import SUITES, run_suite
 
-_COLUMNS = ("op", "backend", "N", "D", "M", "k", "p20_ms", "p50_ms", "p80_ms", "ratio_to_gemm", "peak_mib", "tflops")
+_COLUMNS = ("op", "backend", "N", "D", "M", "k", "p50_ms", "p20_ms", "p80_ms", "ratio_to_gemm", "peak_mib")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -21,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--suite", choices=SUITES, default="quick")
     parser.add_argument("--json", type=Path, help="write machine, commit, time and rows to this file")
     args = parser.parse_args(arguments)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     rows = run_suite(args.suite, lambda row: console.print(f"{row['op']:>7} M={row['M']:,} {row['p50_ms']:.1f} ms"))
     table = Table(title=f"suite {args.suite}", title_justify="left")
     for column in _COLUMNS:
@@ -35,7 +36,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _text(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) and value < 100 else f"{value:,.0f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import platform
@@ -34,8 +35,8 @@ def interleaved(contestants: dict[str, Callable[[], Any]], repeats: int, warmup:
 def peak_mib(prepare: Callable[[], Callable[[], Any]], repeats: int = 3) -> float:
     """MiB by which resident memory rises at most, over what it was before, during the calls ``prepare()`` returns.
 
-    Runs in a fresh process (Linux: the high-water mark of /proc is reset in between), after one call as warm-up, so
-    that what the first call allocates for good (optimizer states) isn't counted.
+    Runs in a fresh process, on Linux with glibc. One call goes before: what it allocates for good (optimizer states)
+    isn't counted; what it freed is given back to the system first, so that the calls' own workspace is.
     """
     receive, send = multiprocessing.get_context("spawn").Pipe(duplex=False)
     child = multiprocessing.get_context("spawn").Process(target=_peak, args=(prepare, repeats, send))
@@ -53,6 +54,7 @@ def peak_mib(prepare: Callable[[], Callable[[], Any]], repeats: int = 3) -> floa
 def _peak(prepare, repeats, send) -> None:
     call = prepare()
     call()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     for _ in range(repeats):

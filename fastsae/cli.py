@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.table import Table
 
 from fastsae.checks import FastSAEError
@@ -31,8 +30,7 @@ Json = Annotated[Path | None, typer.Option("--json", help="Also write the result
 
 def main() -> None:
     """Entry point of ``fastsae``: expected errors become one sentence on stderr and exit code 1."""
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, show_level=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("fastsae").setLevel(logging.INFO)
     try:
         app()

@@ -44,7 +44,7 @@ def auxk(
     already lacks it. ``dead`` [n_dead] int64 ascending; ``x`` [N, d_in] is the encoder's input. See :class:`AuxK`.
     """
     if len(dead) == 0:
-        return error.new_zeros(())
+        return upcast(error).new_zeros(())
     k = term.resolve_k(x.shape[1])
     code = F.encode(x, W_enc, b_enc, TopK(min(k, len(dead))), subset=dead, **options)
     missed = upcast(error.detach()) - upcast(F.decode(code, W_dec, **options))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,9 +121,13 @@ class SAE(nn.Module):
     def _apply(self, fn, recurse=True):
         # thresholds and the normalisation scalar stay fp32 when the module is cast
         kept = {name: self._buffers.pop(name) for name in ("threshold", "norm_scale") if name in self._buffers}
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            self._buffers[name] = None if buffer is None else buffer.to(fn(buffer).device)
+        try:
+            super()._apply(fn, recurse)
+            for name, buffer in kept.items():
+                moved = None if buffer is None else fn(buffer)
+                kept[name] = moved if moved is None or moved.dtype == buffer.dtype else buffer.to(moved.device)
+        finally:
+            self._buffers.update(kept)
         return self
 
     # -- inference ---------------------------------------------------------------------------------------------------
@@ -183,7 +189,7 @@ class SAE(nn.Module):
             if isinstance(term, AuxK):
                 encoder_input = self.encoder_input(x)[0].reshape(-1, self.config.d_in)
                 terms[term.name] = losses.auxk(
-                    flat_target - flat_hat.detach(), encoder_input, self.dead_latents(), self.W_enc, self.b_enc,
+                    losses.upcast(flat_target) - losses.upcast(flat_hat.detach()), encoder_input, self.dead_latents(), self.W_enc, self.b_enc,
                     self.W_dec, term, losses.error_scale(flat_target, self.config.reconstruction), **self._options(),
                 )  # fmt: skip
             elif isinstance(term, DecoderNormL1):
@@ -232,6 +238,7 @@ class SAE(nn.Module):
         """Set "scalar" normalisation's norm_scale from ``x`` where it is still unset (or ``again``)."""
         if self.config.normalization != "scalar" or not (again or self.norm_scale < 0):
             return
+        F.check_input("x", x, self.W_enc)
         power = losses.upcast(x).reshape(-1, x.shape[-1]).square().sum(1).mean()
         if not power > 0 or not power.isfinite():
             reject("x", f"a sample with mean ||x||^2 = {power.item():g}", "one that isn't zero, NaN or Inf")
@@ -284,13 +291,14 @@ class SAE(nn.Module):
     # -- files -------------------------------------------------------------------------------------------------------
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write config.json and model.safetensors, each atomically (a reader sees the old file or the new one)."""
+        """Write config.json and model.safetensors atomically: both whole on disk before either takes its place."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
-        write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, {"format": _FORMAT}))
         text = json.dumps({"format": _FORMAT, **self.config.to_dict()}, indent=2) + "\n"
-        write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text))
+        with _staged(folder / WEIGHTS_FILE) as weights, _staged(folder / CONFIG_FILE) as config:
+            save_file(tensors, weights, {"format": _FORMAT})
+            config.write_text(text)
 
     @classmethod
     def load(
@@ -299,7 +307,8 @@ class SAE(nn.Module):
         """Read what :meth:`save` wrote, on ``device``, in ``dtype`` (the file's where None).
 
         Raises:
-            ValueError: no such files; a truncated or foreign file; missing, extra or misshapen tensors; NaN or Inf.
+            ValueError: no such files; a truncated or foreign file; missing, extra, misshapen or mistyped tensors;
+                NaN or Inf.
         """
         folder = Path(directory)
         config = _read_config(folder / CONFIG_FILE)
@@ -315,6 +324,11 @@ class SAE(nn.Module):
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 reject(f"{folder / WEIGHTS_FILE}", f"NaN or Inf in {name}", "finite weights")
+        kinds = {name: t.dtype for name, t in sae.named_buffers()}
+        one_for_all = tensors["b_dec"].dtype if tensors["b_dec"].is_floating_point() else torch.float32
+        for name, tensor in tensors.items():
+            if tensor.dtype != kinds.get(name, one_for_all):
+                reject(f"{folder / WEIGHTS_FILE}", f"{name} in {tensor.dtype}", f"{kinds.get(name, one_for_all)}")
         sae.load_state_dict(tensors, assign=True)
         sae.requires_grad_(True)
         return sae.to(device=device, dtype=dtype)
@@ -330,17 +344,22 @@ class SAE(nn.Module):
         if self.config.normalization == "none":
             return x, None, None
         if self.config.normalization == "scalar":
-            if self.norm_scale < 0:
-                raise BadValue("norm_scale: got no value yet, expected sae.calibrate_(sample) or a training step first")
-            return (x * self.norm_scale).to(x.dtype), None, None
+            return (x * self._scale()).to(x.dtype), None, None
         wide = losses.upcast(x)
         mean = wide.mean(-1, keepdim=True)
-        scale = wide.std(-1, keepdim=True, correction=min(1, x.shape[-1] - 1)) + 1e-5
+        # torch's std warns of no tokens
+        std = wide.std(-1, keepdim=True, correction=min(1, x.shape[-1] - 1)) if x.numel() else mean
+        scale = std + 1e-5
         return ((wide - mean) / scale).to(x.dtype), mean.reshape(-1, 1), scale.reshape(-1, 1)
+
+    def _scale(self) -> Tensor:
+        if self.norm_scale < 0:
+            raise BadValue("norm_scale: got no value yet, expected sae.calibrate_(sample) or a training step first")
+        return self.norm_scale
 
     def _restore(self, x_hat: Tensor, code: SparseCode | None) -> Tensor:
         if self.config.normalization == "scalar":
-            return (x_hat / self.norm_scale).to(x_hat.dtype)
+            return (x_hat / self._scale()).to(x_hat.dtype)
         if self.config.normalization == "none":
             return x_hat
         if code is None or code.mean is None or code.scale is None:
@@ -356,9 +375,18 @@ def load(path: str | os.PathLike, *, device: torch.device | str | None = None, d
 
 def write_atomically(path: Path, write) -> None:
     """Let ``write(temporary)`` make a file beside ``path``, then rename it into place."""
+    with _staged(path) as temporary:
+        write(temporary)
+
+
+@contextmanager
+def _staged(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # safetensors makes its files readable to their owner alone
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

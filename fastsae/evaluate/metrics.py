@@ -98,7 +98,7 @@ def evaluate(sae: SAE, batches: Iterable[Batch], *, progress: bool = False) -> E
     sae.eval()
     try:
         with torch.inference_mode():
-            for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress):
+            for batch in tqdm(batches, desc="evaluate", unit="batch", disable=None if progress else True):
                 sums.add(*_finite_rows(sae, batch))
     finally:
         sae.train(was_training)

@@ -135,6 +135,7 @@ def run(options: RunOptions, *, resume: bool = False) -> dict[str, Any] | None:
     """
     out = Path(options.out)
     store = _activations(options)
+    log.info("activations: %s tokens of width %d, %s", f"{len(store):,}", store.d_in, store.path)
     train_rows, held_out = _split(store, options)
     batches = Batches(store, options.batch_size, rows=train_rows, seed=options.seed, n_tokens=options.tokens)
     torch.manual_seed(options.seed)
@@ -240,10 +241,9 @@ def _report(options: RunOptions, sae: SAE, store: ActivationStore, evaluation: E
             sae, store, store.token_ids, decode_token=tokenizer.convert_ids_to_tokens, window=options.context,
             progress=options.progress,
         )  # fmt: skip
-    shown = ("model", "hook", "activations", "activation", "normalization", "batch_size", "mode", "seed", "dtype")
+    shown = ("model", "hook", "activations", "batch_size", "mode", "seed", "dtype")
     values = {name: getattr(options, name) for name in shown}
     facts = {name: value for name, value in values.items() if value is not None}
-    facts |= {"latents": options.latents, "k": sae.config.activation, "losses": sae.config.losses}
     facts |= {"lr": options.train_config().lr, "tokens": metrics["tokens"], "seconds": metrics["seconds"]}
     path = write_report(
         options.out, sae=sae, evaluation=evaluation, log=read_log(Path(options.out) / "log.jsonl"), examples=examples,

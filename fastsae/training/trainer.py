@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -30,6 +31,7 @@ from fastsae.training.step import train_step
 
 __all__ = ["NotFinite", "TrainConfig", "Trainer"]
 
+_log = logging.getLogger("fastsae")
 _SPARSITY_TERMS = ("decoder_norm_l1",)
 
 
@@ -106,6 +108,7 @@ class Trainer:
         self.seconds = 0.0
         self.stopped = self._opened = False
         self._signal: int | None = None
+        self._next_line = 0
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
@@ -152,14 +155,19 @@ class Trainer:
             out, self.step, tensorboard=self.config.tensorboard, wandb=self.config.wandb
         )  # fmt: skip
         row = (read_log(out / "log.jsonl") or [{}])[-1] if out is not None else {}
-        bar = tqdm(total=self.n_steps, initial=self.step, unit="step", disable=not self.config.progress, desc="train")
+        # a bar on a terminal; elsewhere a line now and then
+        disable = None if self.config.progress else True
+        bar = tqdm(total=self.n_steps, initial=self.step, unit="step", desc="train", disable=disable)
         try:
             with bar, _signals(self._request_stop):
                 for row in self._steps():
                     if log is not None:
                         log.write(row)
-                    bar.n = self.step
-                    bar.set_postfix_str(_summary(row))
+                    bar.set_postfix_str(_summary(row), refresh=False)
+                    bar.update(self.step - bar.n)
+                    if bar.disable and self.config.progress and self.step >= self._next_line:
+                        _log.info("step %d of %d: %s", self.step, self.n_steps, _summary(row))
+                        self._next_line = self.step + max(1, self.n_steps // 10)
         finally:
             if log is not None:
                 log.close()

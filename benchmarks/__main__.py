@@ -1,4 +1,4 @@
-"""``python -m fastsae.benchmarks [--suite NAME] [--json PATH]``: run a suite, print its table, keep its rows."""
+"""``python -m fastsae.benchmarks [--suite NAME] [--json PATH]``: run a suite, print its table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write machine, commit, time and rows to this file")
     args = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 110)
-    rows = run_suite(args.suite, lambda row: console.print(f"{row['op']:>7} M={row['M']:,} {row['p50_ms']:.1f} ms"))
+    rows = run_suite(
+        args.suite, lambda row: console.print(f"{row['op']:>7} M={row['M']:,} {row['p50_ms']:.1f} ms")
+    )
     table = Table(title=f"suite {args.suite}", title_justify="left")
     for column in _COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)

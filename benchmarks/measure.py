@@ -18,8 +18,10 @@ import torch
 __all__ = ["describe_machine", "interleaved", "peak_mib"]
 
 
-def interleaved(contestants: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Milliseconds of each call, sorted: every round runs each contestant once, so that drift hits all alike."""
+def interleaved(
+    contestants: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Milliseconds of each call, sorted: a round runs each contestant once, so drift hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(warmup + repeats):
         for name, call in contestants.items():
@@ -33,10 +35,12 @@ def interleaved(contestants: dict[str, Callable[[], Any]], repeats: int, warmup:
 
 
 def peak_mib(prepare: Callable[[], Callable[[], Any]], repeats: int = 3) -> float:
-    """MiB by which resident memory rises at most, over what it was before, during the calls ``prepare()`` returns.
+    """MiB by which resident memory rises at most, over what it was before, during the calls ``prepare()``
+    returns.
 
-    Runs in a fresh process, on Linux with glibc. One call goes before: what it allocates for good (optimizer states)
-    isn't counted; what it freed is given back to the system first, so that the calls' own workspace is.
+    Runs in a fresh process, on Linux with glibc. One call goes before: what it allocates for good (optimizer
+    states) isn't counted; what it freed is given back to the system first, so that the calls' own workspace
+    is.
     """
     receive, send = multiprocessing.get_context("spawn").Pipe(duplex=False)
     child = multiprocessing.get_context("spawn").Process(target=_peak, args=(prepare, repeats, send))
@@ -46,7 +50,9 @@ def peak_mib(prepare: Callable[[], Callable[[], Any]], repeats: int = 3) -> floa
         return receive.recv()
     except EOFError:
         child.join()
-        raise RuntimeError(f"the process that measures memory ended with exit code {child.exitcode}") from None
+        raise RuntimeError(
+            f"the process that measures memory ended with exit code {child.exitcode}"
+        ) from None
     finally:
         child.join()
 
@@ -63,7 +69,11 @@ def _peak(prepare, repeats, send) -> None:
 
 
 def _status(field: str) -> int:
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return next(
+        int(line.split()[1])
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
 
 
 def _wait() -> None:

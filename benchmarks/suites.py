@@ -21,7 +21,7 @@ SUITES = {"quick": (CPU_SHAPES, "cpu", 9), "gpu": (GPU_SHAPES, "cuda", 20)}
 
 
 def run_suite(name: str, say: Callable[[dict], None]) -> list[dict[str, Any]]:
-    """All rows of the suite, each handed to ``say`` when it is known. Raises ValueError without the device it needs."""
+    """All rows of the suite, each also handed to ``say``. Raises ValueError without the device it needs."""
     shapes, device, repeats = SUITES[name]
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"suite: got {name!r} on a machine without a CUDA device, expected one of 'quick'")

@@ -1,8 +1,8 @@
 """fastsae: sparse autoencoders of any width, trained and run on custom kernels.
 
 The module is :class:`SAE`, its description :class:`SAEConfig`; :mod:`fastsae.functional` holds the operators,
-:mod:`fastsae.optim` the row optimizer, :mod:`fastsae.training` the fused step and the trainer, :mod:`fastsae.data`
-activations of a transformers model, :mod:`fastsae.evaluate` metrics and the report.
+:mod:`fastsae.optim` the row optimizer, :mod:`fastsae.training` the fused step and the trainer,
+:mod:`fastsae.data` activations of a transformers model, :mod:`fastsae.evaluate` metrics and the report.
 """
 
 from fastsae import backends, functional

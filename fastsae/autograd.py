@@ -14,10 +14,11 @@ _ops = torch.ops.fastsae
 
 
 class Encode(torch.autograd.Function):
-    """values[j] = relu(<x[n], W[m]> + b[m]) at the entries the rule selects; the selection itself has no gradient.
+    """values[j] = relu(<x[n], W[m]> + b[m]) at the entries the rule selects; the selection itself has no
+    gradient.
 
-    grad_pre[j] = grad_values[j] where values[j] > 0, else 0;  grad_W[m] = sum grad_pre x[n];  grad_b[m] = sum grad_pre;
-    grad_x[n] = sum grad_pre W[m].
+    grad_pre[j] = grad_values[j] where values[j] > 0, else 0;  grad_W[m] = sum grad_pre x[n];  grad_b[m] = sum
+    grad_pre; grad_x[n] = sum grad_pre W[m].
     """
 
     @staticmethod
@@ -49,7 +50,8 @@ class Encode(torch.autograd.Function):
 class Decode(torch.autograd.Function):
     """x_hat[n] = sum_j values[j] W[indices[j]] + b.
 
-    grad_values[j] = <grad_x_hat[n], W[m]>;  grad_W[m] = sum values[j] grad_x_hat[n];  grad_b = sum_n grad_x_hat[n].
+    grad_values[j] = <grad_x_hat[n], W[m]>;  grad_W[m] = sum values[j] grad_x_hat[n];  grad_b = sum_n
+    grad_x_hat[n].
     """
 
     @staticmethod
@@ -76,7 +78,7 @@ class Decode(torch.autograd.Function):
 
 
 def _weight_grad(coefs: Tensor, x: Tensor, feature_major, W: Tensor, ctx, dense: bool = False) -> Tensor:
-    """The gradient of a [M, D] weight from its active rows: dense, or row-sparse COO as nn.Embedding(sparse=True) gives."""
+    """The gradient of a weight [M, D] from its active rows: dense, or row-sparse COO."""
     latents, starts, tokens, order = feature_major
     rows = _ops.row_grads(coefs[order], x, starts, tokens, ctx.backend).to(W.dtype)
     if ctx.sparse_grad and not dense:

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Every command ends with exit code 0, or with one sentence and another code."""
+"""The command line: parse, call, print. A command that fails says why in one sentence."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +44,9 @@ def main() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Run directory; an earlier demo there is replaced.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Run directory; an earlier demo there is replaced.")] = Path(
+        "runs/demo"
+    ),
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped demo.")] = False,
 ) -> None:
     """Train 16,384 latents on a real transformer's activations on real text, offline, in minutes on a CPU.
@@ -54,7 +57,9 @@ def demo(
 
     if out.exists() and not resume:
         if any(out.iterdir()) and not (out / OPTIONS_FILE).exists():
-            raise FastSAEError(f"out: got {out}, which holds other files than a demo's, expected a new or empty folder")
+            raise FastSAEError(
+                f"out: got {out}, which holds other files than a demo's, expected a new or empty folder"
+            )
         shutil.rmtree(out)
     _run(DEMO | {"out": str(out)}, resume)
 
@@ -78,10 +83,16 @@ def train(
     ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="Run directory.")],
     model: Annotated[str | None, typer.Option(help="transformers id or path, or 'minilm'.")] = None,
-    hook: Annotated[str | None, typer.Option(help="Module path, e.g. encoder.layer.3.")] = None,
-    text: Annotated[list[str] | None, typer.Option(help="File, folder or dataset, or 'python-docs'; repeatable.")] = None,
-    activations: Annotated[str | None, typer.Option(help="[n, d_in] .safetensors or .npy, in place of the above.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens to train on; beyond the data it is repeated.")] = None,
+    hook: Annotated[list[str] | None, typer.Option(help="Module path, e.g. encoder.layer.3.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="File, folder or dataset, or 'python-docs'; repeatable.")
+    ] = None,
+    activations: Annotated[
+        str | None, typer.Option(help="[n, d_in] .safetensors or .npy, in place of the above.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens to train on; beyond the data it is repeated.")
+    ] = None,
     latents: Annotated[int, typer.Option(help="Size of the dictionary.")] = 16_384,
     k: Annotated[int, typer.Option(help="Active latents per token.")] = 32,
     activation: Annotated[str, typer.Option(help="topk, batchtopk or relu.")] = "topk",
@@ -90,9 +101,13 @@ def train(
     dead_after: Annotated[int | None, typer.Option(help="Silent tokens that make a latent dead.")] = None,
     normalization: Annotated[str, typer.Option(help="none, scalar or layer_norm.")] = "scalar",
     batch_size: Annotated[int, typer.Option(help="Tokens per step.")] = 4096,
-    lr: Annotated[float | None, typer.Option(help="Learning rate; default 2e-4 / sqrt(latents / 16384).")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate; default 2e-4 / sqrt(latents / 16384).")
+    ] = None,
     warmup: Annotated[float, typer.Option(help="Share of the run with rising learning rate.")] = 0.05,
-    decay: Annotated[float, typer.Option(help="Share of the run, at its end, with falling learning rate.")] = 0.2,
+    decay: Annotated[
+        float, typer.Option(help="Share of the run, at its end, with falling learning rate.")
+    ] = 0.2,
     mode: Annotated[str, typer.Option(help="RowAdam: dense, lazy or deferred.")] = "deferred",
     held_out: Annotated[int, typer.Option(help="Tokens kept for the final metrics.")] = 16_384,
     context: Annotated[int, typer.Option(help="Tokens per window of text.")] = 128,
@@ -110,11 +125,14 @@ def train(
     wandb: Annotated[str | None, typer.Option(help="Also log to this Weights & Biases project.")] = None,
     progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
-    config: Annotated[Path | None, typer.Option(help="YAML file of these options; flags come before it.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of these options; flags come before it.")
+    ] = None,
 ) -> None:
     """Train a dictionary on a model's activations (or on a file of them) and report what it learned.
 
-    Example: fastsae train --model minilm --hook encoder.layer.3 --text docs/ --latents 16384 --k 32 --out runs/docs
+    Example: fastsae train --model minilm --hook encoder.layer.3 --text docs/ --latents 16384 --k 32 --out
+    runs/docs
     """
     from fastsae.training.run import OPTIONS_FILE, read_yaml
 
@@ -128,15 +146,18 @@ def train(
             options |= found
             given |= found.keys()
     if isinstance(options["text"], tuple | list):  # as the parser gives repeated flags
-        texts = list(options["text"])
-        options["text"] = texts if len(texts) > 1 else texts[0] if texts else None
+        options["text"] = _one_or_more(options["text"])
+    if isinstance(options["hook"], tuple | list):
+        options["hook"] = _one_or_more(options["hook"])
     _run(options, resume)
 
 
 @app.command("eval")
 def evaluate(
     directory: Annotated[Path, typer.Argument(help="A run directory.")],
-    activations: Annotated[str | None, typer.Option(help="Evaluate on this file instead of the held-out tokens.")] = None,
+    activations: Annotated[
+        str | None, typer.Option(help="Evaluate on this file instead of the held-out tokens.")
+    ] = None,
     json_path: Json = None,
 ) -> None:
     """Measure a trained dictionary: FVU, L0, dead share, cosine, relative norm.
@@ -145,7 +166,11 @@ def evaluate(
     """
     from fastsae.training.run import evaluate_run
 
-    _show("held-out tokens" if activations is None else activations, evaluate_run(directory, activations).to_dict(), json_path)
+    _show(
+        "held-out tokens" if activations is None else activations,
+        evaluate_run(directory, activations).to_dict(),
+        json_path,
+    )
 
 
 @app.command()
@@ -154,7 +179,9 @@ def plan(
     latents: Annotated[int, typer.Option(help="Size of the dictionary.")],
     k: Annotated[int, typer.Option(help="Active latents per token.")] = 32,
     batch: Annotated[int, typer.Option(help="Tokens per step.")] = 4096,
-    gpu: Annotated[str | None, typer.Option(help="h200, h100 or a100: does it fit, and the least time per step.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="h200, h100 or a100: does it fit, and the least time per step.")
+    ] = None,
     json_path: Json = None,
 ) -> None:
     """Say what memory and time a training run needs, before anything is allocated.
@@ -189,6 +216,10 @@ def bench(
     from fastsae.benchmarks.__main__ import main as run_benchmarks
 
     run_benchmarks(["--suite", suite, *(["--json", str(json_path)] if json_path else [])])
+
+
+def _one_or_more(values: Sequence[str]) -> str | list[str] | None:
+    return list(values) if len(values) > 1 else values[0] if values else None
 
 
 def _run(options: dict[str, Any], resume: bool) -> None:

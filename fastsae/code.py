@@ -21,7 +21,8 @@ class SparseCode:
     Attributes:
         values: [capacity] floating; differentiable.
         indices: [capacity] int32 in [0, n_latents), distinct within a token.
-        offsets: [N + 1] int64, ascending from 0. ``offsets[-1]`` may be below capacity: what lies beyond is ignored.
+        offsets: [N + 1] int64, ascending from 0. ``offsets[-1]`` may be below capacity: what lies beyond is
+        ignored.
         leading: the shape of the tokens, with product N.
         per_token: entries per token where that is one number for all (TopK), else None.
         mean, scale: [N, 1] each, or None: what a layer-normed input needs to be restored by decode.
@@ -72,8 +73,14 @@ class SparseCode:
         return (*self.leading, self.n_latents)
 
     def __repr__(self) -> str:
-        kind = f"{self.per_token} per token" if self.per_token is not None else f"capacity {self.values.shape[0]}"
-        return f"SparseCode(shape={self.shape}, {kind}, dtype={self.values.dtype}, device={self.values.device})"
+        kind = (
+            f"{self.per_token} per token"
+            if self.per_token is not None
+            else f"capacity {self.values.shape[0]}"
+        )
+        return (
+            f"SparseCode(shape={self.shape}, {kind}, dtype={self.values.dtype}, device={self.values.device})"
+        )
 
     def rows(self) -> Tensor:
         """The token of every entry, [capacity] int64; N for what lies beyond ``offsets[-1]``."""
@@ -87,7 +94,7 @@ class SparseCode:
         return counts[:-1].view(self.leading)
 
     def topk(self) -> tuple[Tensor, Tensor]:
-        """Values and indices as [*leading, k] each; ragged codes are padded with value 0, index 0 to the longest row."""
+        """Values and indices, [*leading, k] each; ragged codes are padded with 0 to the longest row."""
         k = self.per_token
         if k is not None:
             return self.values.view(*self.leading, k), self.indices.view(*self.leading, k)
@@ -132,6 +139,11 @@ class SparseCode:
     def _map(self, f: Callable[[Tensor], Tensor]) -> SparseCode:
         optional = {name: f(t) for name in ("mean", "scale") if (t := getattr(self, name)) is not None}
         return SparseCode(
-            f(self.values), f(self.indices), f(self.offsets), self.n_latents, self.leading,
-            per_token=self.per_token, **optional,
-        )  # fmt: skip
+            f(self.values),
+            f(self.indices),
+            f(self.offsets),
+            self.n_latents,
+            self.leading,
+            per_token=self.per_token,
+            **optional,
+        )

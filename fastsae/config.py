@@ -1,4 +1,4 @@
-"""What a dictionary is: sizes, activation rule, loss terms. Frozen, checked at construction, plain JSON on disk."""
+"""What a dictionary is: sizes, activation rule, loss terms. Frozen, checked, plain JSON on disk."""
 
 from __future__ import annotations
 
@@ -78,8 +78,9 @@ class AuxK:
 
         L = coefficient * min(n_dead / k_aux, 1) * ||e - e_hat||^2 / normaliser of the reconstruction loss
 
-    with e = target - x_hat (detached) and e_hat the decode of each token's ``k_aux`` largest dead latents, without
-    ``b_dec``. A latent is dead when it hasn't fired for ``dead_after`` tokens. Its gradient reaches encoder and decoder.
+    with e = target - x_hat (detached) and e_hat the decode of each token's ``k_aux`` largest dead latents,
+    without ``b_dec``. A latent is dead when it hasn't fired for ``dead_after`` tokens. Its gradient reaches
+    encoder and decoder.
 
     Args:
         coefficient: weight of the term.
@@ -107,7 +108,8 @@ class AuxK:
 
 @dataclass(frozen=True)
 class DecoderNormL1:
-    """Charge each activation the length of its decoder row: ``L = coefficient * mean_n sum_i f_i ||W_dec[i]||``.
+    """Charge each activation the length of its decoder row: ``L = coefficient * mean_n sum_i f_i
+    ||W_dec[i]||``.
 
     Source: Templeton et al. 2024, "Scaling Monosemanticity" (coefficient 5 with E||x||^2 = d_in).
     """
@@ -121,7 +123,9 @@ class DecoderNormL1:
 
 Activation = TopK | BatchTopK | JumpReLU | ReLU
 Loss = AuxK | DecoderNormL1
-_BY_NAME: dict[str, type] = {cls.__name__: cls for cls in (TopK, BatchTopK, JumpReLU, ReLU, AuxK, DecoderNormL1)}
+_BY_NAME: dict[str, type] = {
+    cls.__name__: cls for cls in (TopK, BatchTopK, JumpReLU, ReLU, AuxK, DecoderNormL1)
+}
 
 
 @dataclass(frozen=True)
@@ -134,13 +138,13 @@ class SAEConfig:
         activation: TopK, BatchTopK, JumpReLU or ReLU.
         d_out: width of the reconstruction; None is ``d_in``.
         losses: terms beside the reconstruction loss.
-        normalization: "none"; "scalar", x times one stored number that makes E||x||^2 = d_in; or "layer_norm",
-            each token centred and divided by its standard deviation, undone by decode.
+        normalization: "none"; "scalar", x times one stored number that makes E||x||^2 = d_in; or
+            "layer_norm", each token centred and divided by its standard deviation, undone by decode.
         subtract_b_dec: encode x - b_dec. None: yes for TopK and BatchTopK autoencoders, no otherwise.
         unit_norm_decoder: keep decoder rows at length 1. None: yes for TopK and BatchTopK, no otherwise.
-        reconstruction: "fvu", sum of squared errors over the batch's variance about its mean; or "squared_error",
-            squared error summed over d_out, mean over tokens. None: "fvu" for TopK and BatchTopK, else
-            "squared_error", the scale that published sparsity coefficients are meant for.
+        reconstruction: "fvu", sum of squared errors over the batch's variance about its mean; or
+            "squared_error", squared error summed over d_out, mean over tokens. None: "fvu" for TopK and
+            BatchTopK, else "squared_error", the scale that published sparsity coefficients are meant for.
 
     Raises:
         ValueError, TypeError: an argument outside the ranges above; k > n_latents; b_dec subtracted though
@@ -160,7 +164,12 @@ class SAEConfig:
     def __post_init__(self) -> None:
         check_number("d_in", self.d_in, integer=True, low=1)
         check_number("n_latents", self.n_latents, integer=True, low=1)
-        check_type("activation", self.activation, (TopK, BatchTopK, JumpReLU, ReLU), "TopK, BatchTopK, JumpReLU or ReLU")
+        check_type(
+            "activation",
+            self.activation,
+            (TopK, BatchTopK, JumpReLU, ReLU),
+            "TopK, BatchTopK, JumpReLU or ReLU",
+        )
         self._resolve_defaults()
         check_number("d_out", self.d_out, integer=True, low=1)
         check_choice("normalization", self.normalization, ("none", "scalar", "layer_norm"))
@@ -174,7 +183,9 @@ class SAEConfig:
         if isinstance(self.activation, TopK | BatchTopK) and self.activation.k > self.n_latents:
             reject("k", self.activation.k, f"an integer in 1..{self.n_latents} (n_latents)")
         if self.subtract_b_dec and self.d_out != self.d_in:
-            reject("subtract_b_dec", True, f"False where d_out ({self.d_out}) differs from d_in ({self.d_in})")
+            reject(
+                "subtract_b_dec", True, f"False where d_out ({self.d_out}) differs from d_in ({self.d_in})"
+            )
 
     def _resolve_defaults(self) -> None:
         top = isinstance(self.activation, TopK | BatchTopK)
@@ -182,7 +193,9 @@ class SAEConfig:
         resolved = {
             "d_out": d_out,
             "losses": tuple(self.losses) if isinstance(self.losses, list | tuple) else (self.losses,),
-            "subtract_b_dec": top and d_out == self.d_in if self.subtract_b_dec is None else self.subtract_b_dec,
+            "subtract_b_dec": top and d_out == self.d_in
+            if self.subtract_b_dec is None
+            else self.subtract_b_dec,
             "unit_norm_decoder": top if self.unit_norm_decoder is None else self.unit_norm_decoder,
             "reconstruction": self.reconstruction or ("fvu" if top else "squared_error"),
         }

@@ -33,30 +33,34 @@ def encode(
 
         pre[n, m] = <x[n], W_enc[m]> + b_enc[m];   f = relu(pre) at the selected m, 0 elsewhere
 
-    TopK: the k largest of each token. BatchTopK: the N * k largest of the batch; with a scalar ``threshold``, all
-    pre > threshold. JumpReLU: pre > threshold[m]. ReLU: pre > 0. Ties go to the lowest index; a pre-activation of NaN
-    ranks as +Inf and stays NaN. Never holds [N, M] (except ``reference``). Scores are summed in fp32.
+    TopK: the k largest of each token. BatchTopK: the N * k largest of the batch; with a scalar ``threshold``,
+    all pre > threshold. JumpReLU: pre > threshold[m]. ReLU: pre > 0. Ties go to the lowest index; a
+    pre-activation of NaN ranks as +Inf and stays NaN. Never holds [N, M] (except ``reference``). Scores are
+    summed in fp32.
 
     Args:
         x: [..., d_in]. Differentiable.
         W_enc: [M, d_in], contiguous, in x's dtype and on its device. Differentiable.
         b_enc: [M] or None. Differentiable.
         activation: TopK, BatchTopK, JumpReLU or ReLU.
-        threshold: [M] for JumpReLU (its ``threshold`` where None); a scalar for BatchTopK; else None. No gradient.
+        threshold: [M] for JumpReLU (its ``threshold`` where None); a scalar for BatchTopK; else None. No
+        gradient.
         subset: [S] int64, ascending: choose among these latents only (k becomes min(k, S)).
         sparse_grad: give W_enc a row-sparse COO gradient, as ``nn.Embedding(sparse=True)`` does.
         backend: see :mod:`fastsae.backends`.
 
     Returns:
-        SparseCode over M latents in W_enc's dtype. TopK: min(k, M) entries a token, largest first; where fewer are
-        positive the rest hold 0 and get no gradient. Others: indices ascend within a token.
+        SparseCode over M latents in W_enc's dtype. TopK: min(k, M) entries a token, largest first; where
+        fewer are positive the rest hold 0 and get no gradient. Others: indices ascend within a token.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that don't fit; k > M; an unusable backend.
 
     Source: Gao et al. 2024, arXiv 2406.04093.
     """
-    check_type("activation", activation, (TopK, BatchTopK, JumpReLU, ReLU), "TopK, BatchTopK, JumpReLU or ReLU")
+    check_type(
+        "activation", activation, (TopK, BatchTopK, JumpReLU, ReLU), "TopK, BatchTopK, JumpReLU or ReLU"
+    )
     x, W_enc, b_enc = _autocast(x, W_enc, b_enc)
     _check_weights("W_enc", W_enc, "b_enc", b_enc, W_enc.shape[:1] if isinstance(W_enc, Tensor) else None)
     check_input("x", x, W_enc)
@@ -73,7 +77,9 @@ def encode(
     values, indices, offsets = Encode.apply(
         flat, W_enc, b_enc, threshold, subset, rule, k, resolve(backend), sparse_grad
     )
-    return SparseCode(values, indices, offsets, m, tuple(x.shape[:-1]), per_token=k if rule == "topk" else None)
+    return SparseCode(
+        values, indices, offsets, m, tuple(x.shape[:-1]), per_token=k if rule == "topk" else None
+    )
 
 
 def decode(
@@ -157,7 +163,9 @@ def check_indices(code: SparseCode) -> None:
             reject("code.indices", f"values in {low}..{high}", f"values in 0..{code.n_latents - 1}")
 
 
-def _selection(activation: Activation, threshold: Tensor | float | None, W: Tensor) -> tuple[str, Tensor | None]:
+def _selection(
+    activation: Activation, threshold: Tensor | float | None, W: Tensor
+) -> tuple[str, Tensor | None]:
     """The operator's rule and its threshold, [M] or scalar, in fp32 (fp64 of fp64)."""
     m, dtype = W.shape[0], torch.float64 if W.dtype == torch.float64 else torch.float32
     if threshold is None:
@@ -176,7 +184,9 @@ def _selection(activation: Activation, threshold: Tensor | float | None, W: Tens
 def _check_weights(name: str, W: Tensor, bias_name: str, b: Tensor | None, bias_shape) -> None:
     check_type(name, W, Tensor, "a tensor")
     if W.ndim != 2 or not W.is_contiguous():
-        reject(name, f"shape {tuple(W.shape)}, contiguous={W.is_contiguous()}", "a contiguous [n_latents, width]")
+        reject(
+            name, f"shape {tuple(W.shape)}, contiguous={W.is_contiguous()}", "a contiguous [n_latents, width]"
+        )
     if W.dtype not in _DTYPES:
         reject(name, W.dtype, "float32, bfloat16, float16 or float64")
     if b is not None:
@@ -192,11 +202,11 @@ def _autocast(*tensors: Tensor | None) -> Any:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
 
-
     def cast(t: Tensor | None) -> Tensor | None:
         # fp64 stays, as under torch's own autocast
-        castable = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
-        return t.to(dtype) if castable else t
+        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64:
+            return t.to(dtype)
+        return t
 
     return tuple(map(cast, tensors))
 

@@ -20,7 +20,8 @@ def upcast(t: Tensor) -> Tensor:
 def error_scale(target: Tensor, kind: str) -> Tensor:
     """What the sum of squared errors over a batch [N, D] is multiplied by.
 
-    "fvu": 1 / sum ||target - mean||^2, mean over the batch (0 where the batch has no variance). "squared_error": 1 / N.
+    "fvu": 1 / sum ||target - mean||^2, mean over the batch (0 where the batch has no variance).
+    "squared_error": 1 / N.
     """
     target = upcast(target.detach())
     if kind == "squared_error":
@@ -35,13 +36,21 @@ def reconstruction(x_hat: Tensor, target: Tensor, kind: str) -> Tensor:
 
 
 def auxk(
-    error: Tensor, x: Tensor, dead: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor,
-    term: AuxK, scale: Tensor, **options,
-) -> Tensor:  # fmt: skip
+    error: Tensor,
+    x: Tensor,
+    dead: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    term: AuxK,
+    scale: Tensor,
+    **options,
+) -> Tensor:
     """coefficient * min(n_dead / k_aux, 1) * scale * sum ||error - e_hat||^2, 0-dim; 0 where nothing is dead.
 
-    e_hat decodes each token's k_aux largest dead latents, without b_dec: ``error`` [N, d_out] = target - x_hat, detached,
-    already lacks it. ``dead`` [n_dead] int64 ascending; ``x`` [N, d_in] is the encoder's input. See :class:`AuxK`.
+    e_hat decodes each token's k_aux largest dead latents, without b_dec: ``error`` [N, d_out] = target -
+    x_hat, detached, already lacks it. ``dead`` [n_dead] int64 ascending; ``x`` [N, d_in] is the encoder's
+    input. See :class:`AuxK`.
     """
     if len(dead) == 0:
         return upcast(error).new_zeros(())

@@ -1,8 +1,9 @@
 """The contract: every operator's schema, its fake, and where its implementations live.
 
-``torch.ops.fastsae.<op>(..., backend)`` runs the function of that name in ``fastsae.backends.<backend>``. Arguments are
-two-dimensional, contiguous and already checked (:mod:`fastsae.functional` does that); differentiation is in
-:mod:`fastsae.autograd`. N tokens, D the width, M latents, P stored entries, R rows of a feature-major code.
+``torch.ops.fastsae.<op>(..., backend)`` runs the function of that name in ``fastsae.backends.<backend>``.
+Arguments are two-dimensional, contiguous and already checked (:mod:`fastsae.functional` does that);
+differentiation is in :mod:`fastsae.autograd`. N tokens, D the width, M latents, P stored entries, R rows of a
+feature-major code.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ BACKENDS = ("reference", "torch")
 """Backends with an implementation of every operator, as modules of :mod:`fastsae.backends`."""
 
 OPERATORS = {
-    "encode": "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? threshold, Tensor? subset, str rule, int k, str backend)"
-    " -> (Tensor values, Tensor indices, Tensor offsets)",
-    "decode": "(Tensor values, Tensor indices, Tensor offsets, Tensor W_dec, Tensor? b_dec, str backend) -> Tensor",
+    "encode": "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? threshold, Tensor? subset, str rule,"
+    " int k, str backend) -> (Tensor values, Tensor indices, Tensor offsets)",
+    "decode": "(Tensor values, Tensor indices, Tensor offsets, Tensor W_dec, Tensor? b_dec, str backend)"
+    " -> Tensor",
     "code_grad": "(Tensor grad_x_hat, Tensor W_dec, Tensor indices, Tensor offsets, str backend) -> Tensor",
     "transpose": "(Tensor values, Tensor indices, Tensor offsets, int n_latents, str backend)"
     " -> (Tensor latents, Tensor starts, Tensor tokens, Tensor order)",
     "row_grads": "(Tensor coefs, Tensor x, Tensor starts, Tensor tokens, str backend) -> Tensor",
-    "row_update": "(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) last_step, Tensor? rows,"
-    " Tensor? grad, Tensor? coast, float lr, float beta1, float beta2, float eps, int step, bool unit_norm, str backend)"
-    " -> ()",
+    "row_update": "(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) last_step,"
+    " Tensor? rows, Tensor? grad, Tensor? coast, float lr, float beta1, float beta2, float eps, int step,"
+    " bool unit_norm, str backend) -> ()",
 }
 """Schemas. What each operator computes is in the docstrings of :mod:`fastsae.backends.reference`."""
 
@@ -62,7 +64,11 @@ def _encode_fake(x, W_enc, b_enc, threshold, subset, rule, k, backend):
         entries = torch.library.get_ctx().new_dynamic_size()
     else:
         entries = n * min(k, m)
-    return W_enc.new_empty(entries), x.new_empty(entries, dtype=torch.int32), x.new_empty(n + 1, dtype=torch.int64)
+    return (
+        W_enc.new_empty(entries),
+        x.new_empty(entries, dtype=torch.int32),
+        x.new_empty(n + 1, dtype=torch.int64),
+    )
 
 
 @torch.library.register_fake("fastsae::decode")

@@ -29,7 +29,7 @@ _THRESHOLD_DECAY = 0.999
 
 
 class TrainingOutput(NamedTuple):
-    """What a training forward gives: x_hat as forward returns it, its code, and the loss in normalised space."""
+    """What a training forward gives: raw x_hat, its code, and the loss in normalised space."""
 
     x_hat: Tensor
     code: SparseCode
@@ -43,16 +43,16 @@ class SAE(nn.Module):
         code  = activation(normalise(x - b_dec if subtract_b_dec) W_enc^T + b_enc)
         x_hat = denormalise(sum_i f_i W_dec[i] + b_dec)
 
-    A drop-in module: any leading shape in, the same out; inputs are raw, normalisation is inside. Decoder rows start as
-    random directions (length 1, or 0.1 where the rows aren't kept at unit length), W_enc = W_dec, biases 0; a transcoder
-    (d_out != d_in) starts with W_dec = 0.
+    A drop-in module: any leading shape in, the same out; inputs are raw, normalisation is inside. Decoder
+    rows start as random directions (length 1, or 0.1 where the rows aren't kept at unit length), W_enc =
+    W_dec, biases 0; a transcoder (d_out != d_in) starts with W_dec = 0.
 
     Attributes:
         W_enc, b_enc, W_dec, b_dec: [M, d_in], [M], [M, d_out], [d_out]; one row per latent.
         threshold: fp32 buffer; BatchTopK: 0-dim, -1 while unset; JumpReLU: [M].
         norm_scale: fp32 0-dim buffer of "scalar" normalisation, -1 while unset.
-        last_fired, tokens_seen: int64 buffers [M], 0-dim: tokens seen in training, and how many when each latent last
-            fired.
+        last_fired, tokens_seen: int64 buffers [M], 0-dim: tokens seen in training, and how many when each
+            latent last fired.
         backend: which backend runs the operators (see :mod:`fastsae.backends`).
         sparse_grad: give W_enc and W_dec row-sparse COO gradients.
     """
@@ -120,35 +120,38 @@ class SAE(nn.Module):
 
     def _apply(self, fn, recurse=True):
         # thresholds and the normalisation scalar stay fp32 when the module is cast
-        kept = {name: self._buffers.pop(name) for name in ("threshold", "norm_scale") if name in self._buffers}
-        try:
-            super()._apply(fn, recurse)
-            for name, buffer in kept.items():
-                moved = None if buffer is None else fn(buffer)
-                kept[name] = moved if moved is None or moved.dtype == buffer.dtype else buffer.to(moved.device)
-        finally:
-            self._buffers.update(kept)
-        return self
+        kept = [self._buffers.get(name) for name in ("threshold", "norm_scale")]
 
-    # -- inference ---------------------------------------------------------------------------------------------------
+        def move(t: Tensor) -> Tensor:
+            moved = fn(t)
+            stays = moved.dtype != t.dtype and any(t is buffer for buffer in kept)
+            return t.to(moved.device) if stays else moved
+
+        return super()._apply(move, recurse)
 
     def encode_sparse(self, x: Tensor) -> SparseCode:
         """The sparse code of raw inputs [..., d_in].
 
-        BatchTopK uses its threshold in ``eval()`` (the batch's own rule while unset), the batch in ``train()``.
+        BatchTopK uses its threshold in ``eval()`` (the batch's own rule while unset), the batch in
+        ``train()``.
         """
         encoder_input, mean, scale = self.encoder_input(x)
         threshold = self.threshold if "threshold" in self._buffers else None
         if isinstance(self.config.activation, BatchTopK) and (self.training or self.threshold < 0):
             threshold = None
         code = F.encode(
-            encoder_input, self.W_enc, self.b_enc, self.config.activation, threshold=threshold, **self._options()
+            encoder_input,
+            self.W_enc,
+            self.b_enc,
+            self.config.activation,
+            threshold=threshold,
+            **self._options(),
         )
         code.mean, code.scale = mean, scale
         return code
 
     def encode(self, x: Tensor) -> Tensor:
-        """The dense code [..., n_latents] of raw inputs [..., d_in]. At full width prefer :meth:`encode_sparse`."""
+        """The dense code [..., n_latents] of raw inputs [..., d_in]; see :meth:`encode_sparse`."""
         return self.encode_sparse(x).to_dense()
 
     def decode(self, code: SparseCode | Tensor) -> Tensor:
@@ -157,7 +160,11 @@ class SAE(nn.Module):
             return self._restore(F.decode(code, self.W_dec, self.b_dec, **self._options()), code)
         F.check_input("code", code, self.W_dec, self.config.n_latents)
         if self.config.normalization == "layer_norm":
-            reject("code", "a dense tensor", "a SparseCode, which carries the mean and scale that layer_norm removed")
+            reject(
+                "code",
+                "a dense tensor",
+                "a SparseCode, which carries the mean and scale that layer_norm removed",
+            )
         return self._restore(code @ self.W_dec + self.b_dec, None)
 
     def forward(
@@ -166,15 +173,16 @@ class SAE(nn.Module):
         """x_hat [..., d_out] of raw inputs; with ``return_loss``, what :meth:`training_forward` returns."""
         return self.training_forward(x, target) if return_loss else self.decode(self.encode_sparse(x))
 
-    # -- training ----------------------------------------------------------------------------------------------------
-
     def training_forward(self, x: Tensor, target: Tensor | None = None) -> TrainingOutput:
-        """Reconstruct ``target`` (x where None) and compute the loss of ``config`` in normalised space, in fp32.
+        """Reconstruct ``target`` (x where None) and compute the loss of ``config`` in normalised space, in
+        fp32.
 
-            loss = reconstruction + sum of config.losses;  the terms by name in ``losses``, coefficients included
+            loss = reconstruction + sum of config.losses;  the terms by name in ``losses``, coefficients
+            included
 
-        In ``train()`` mode also counts which latents fired and moves BatchTopK's threshold. "scalar" normalisation that
-        is still unset is estimated from ``x`` (see :meth:`calibrate_`, which takes a better sample).
+        In ``train()`` mode also counts which latents fired and moves BatchTopK's threshold. "scalar"
+        normalisation that is still unset is estimated from ``x`` (see :meth:`calibrate_`, which takes a
+        better sample).
         """
         if self.training:
             self.estimate_norm_scale_(x)
@@ -189,20 +197,27 @@ class SAE(nn.Module):
             if isinstance(term, AuxK):
                 encoder_input = self.encoder_input(x)[0].reshape(-1, self.config.d_in)
                 terms[term.name] = losses.auxk(
-                    losses.upcast(flat_target) - losses.upcast(flat_hat.detach()), encoder_input, self.dead_latents(), self.W_enc, self.b_enc,
-                    self.W_dec, term, losses.error_scale(flat_target, self.config.reconstruction), **self._options(),
-                )  # fmt: skip
+                    losses.upcast(flat_target) - losses.upcast(flat_hat.detach()),
+                    encoder_input,
+                    self.dead_latents(),
+                    self.W_enc,
+                    self.b_enc,
+                    self.W_dec,
+                    term,
+                    losses.error_scale(flat_target, self.config.reconstruction),
+                    **self._options(),
+                )
             elif isinstance(term, DecoderNormL1):
                 terms[term.name] = losses.decoder_norm_l1(code, self.W_dec, term.coefficient)
         return TrainingOutput(self._restore(x_hat, code), code, torch.stack([*terms.values()]).sum(), terms)
 
     def encoder_input(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What W_enc is applied to: normalised x, less b_dec where it is subtracted; and layer norm's mean and scale."""
+        """What W_enc multiplies: normalised x, less b_dec if subtracted; and layer norm's mean and scale."""
         x, mean, scale = self._normalise(x)
         return x - self.b_dec if self.config.subtract_b_dec else x, mean, scale
 
     def normalise_target(self, x: Tensor, target: Tensor | None, code: SparseCode) -> Tensor:
-        """The target in the space of the loss; x's own normalisation, layer norm's per-token numbers included."""
+        """The target in the space of the loss, under x's own normalisation."""
         if target is None:
             if self.config.d_out != self.config.d_in:
                 reject("target", None, f"a tensor [..., {self.config.d_out}], since d_out differs from d_in")
@@ -221,8 +236,8 @@ class SAE(nn.Module):
     def calibrate_(self, x: Tensor) -> SAE:
         """Set what is estimated from data once, before training, from a sample ``x`` [n, d_in].
 
-        "scalar" normalisation: norm_scale = sqrt(d_in / mean ||x||^2). With ``subtract_b_dec``: b_dec = the geometric
-        median of the normalised sample (Weiszfeld's iteration).
+        "scalar" normalisation: norm_scale = sqrt(d_in / mean ||x||^2). With ``subtract_b_dec``: b_dec = the
+        geometric median of the normalised sample (Weiszfeld's iteration).
         """
         F.check_input("x", x, self.W_enc)
         flat = x.reshape(-1, x.shape[-1])
@@ -246,7 +261,7 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def count_firing_(self, code: SparseCode) -> None:
-        """Note a training batch: which latents fired, and for BatchTopK the smallest positive value it kept."""
+        """Note a training batch: which latents fired, and BatchTopK's smallest positive value."""
         self.tokens_seen += code.n_tokens
         stored = (code.rows() < code.n_tokens) & (code.values > 0)
         fired = code.indices[stored].long()
@@ -259,12 +274,14 @@ class SAE(nn.Module):
     def dead_latents(self, dead_after: int | None = None) -> Tensor:
         """Latents that haven't fired for ``dead_after`` tokens (AuxK's own where None), ascending int64."""
         if dead_after is None:
-            dead_after = next((t.dead_after for t in self.config.losses if isinstance(t, AuxK)), AuxK().dead_after)
+            dead_after = next(
+                (t.dead_after for t in self.config.losses if isinstance(t, AuxK)), AuxK().dead_after
+            )
         return (self.tokens_seen - self.last_fired >= dead_after).nonzero().flatten()
 
     @torch.no_grad()
     def constrain_gradients_(self) -> None:
-        """Where the decoder is unit-norm, remove each row gradient's part along its row; call before the optimizer."""
+        """If the decoder is unit-norm, remove gradients' parts along their rows; before the optimizer."""
         grad = self.W_dec.grad
         if not self.config.unit_norm_decoder or grad is None:
             return
@@ -288,10 +305,8 @@ class SAE(nn.Module):
         check_choice("name", name, ("W_enc", "b_enc", "W_dec", "b_dec"))
         return losses.upcast(getattr(self, name).detach())
 
-    # -- files -------------------------------------------------------------------------------------------------------
-
     def save(self, directory: str | os.PathLike) -> None:
-        """Write config.json and model.safetensors atomically: both whole on disk before either takes its place."""
+        """Write config.json and model.safetensors: both whole on disk before either takes its place."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
@@ -302,13 +317,17 @@ class SAE(nn.Module):
 
     @classmethod
     def load(
-        cls, directory: str | os.PathLike, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        cls,
+        directory: str | os.PathLike,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> SAE:
         """Read what :meth:`save` wrote, on ``device``, in ``dtype`` (the file's where None).
 
         Raises:
-            ValueError: no such files; a truncated or foreign file; missing, extra, misshapen or mistyped tensors;
-                NaN or Inf.
+            ValueError: no such files; a truncated or foreign file; missing, extra, misshapen or mistyped
+                tensors; NaN or Inf.
         """
         folder = Path(directory)
         config = _read_config(folder / CONFIG_FILE)
@@ -318,9 +337,15 @@ class SAE(nn.Module):
         expected = {name: tuple(t.shape) for name, t in sae.state_dict().items()}
         got = {name: tuple(t.shape) for name, t in tensors.items()}
         if got != expected:
-            different = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
+            different = sorted(
+                name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name)
+            )
             name = different[0]
-            reject(f"{folder / WEIGHTS_FILE}", f"{name} {got.get(name, 'missing')}", f"{expected.get(name, 'no such tensor')}")  # fmt: skip
+            reject(
+                f"{folder / WEIGHTS_FILE}",
+                f"{name} {got.get(name, 'missing')}",
+                f"{expected.get(name, 'no such tensor')}",
+            )
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 reject(f"{folder / WEIGHTS_FILE}", f"NaN or Inf in {name}", "finite weights")
@@ -328,12 +353,12 @@ class SAE(nn.Module):
         one_for_all = tensors["b_dec"].dtype if tensors["b_dec"].is_floating_point() else torch.float32
         for name, tensor in tensors.items():
             if tensor.dtype != kinds.get(name, one_for_all):
-                reject(f"{folder / WEIGHTS_FILE}", f"{name} in {tensor.dtype}", f"{kinds.get(name, one_for_all)}")
+                reject(
+                    f"{folder / WEIGHTS_FILE}", f"{name} in {tensor.dtype}", f"{kinds.get(name, one_for_all)}"
+                )
         sae.load_state_dict(tensors, assign=True)
         sae.requires_grad_(True)
         return sae.to(device=device, dtype=dtype)
-
-    # -- inside ------------------------------------------------------------------------------------------------------
 
     def _options(self) -> dict:
         return {"sparse_grad": self.sparse_grad, "backend": self.backend}
@@ -354,7 +379,9 @@ class SAE(nn.Module):
 
     def _scale(self) -> Tensor:
         if self.norm_scale < 0:
-            raise BadValue("norm_scale: got no value yet, expected sae.calibrate_(sample) or a training step first")
+            raise BadValue(
+                "norm_scale: got no value yet, expected sae.calibrate_(sample) or a training step first"
+            )
         return self.norm_scale
 
     def _restore(self, x_hat: Tensor, code: SparseCode | None) -> Tensor:
@@ -368,7 +395,9 @@ class SAE(nn.Module):
         return (flat * code.scale + code.mean).to(x_hat.dtype).view(x_hat.shape)
 
 
-def load(path: str | os.PathLike, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SAE:
+def load(
+    path: str | os.PathLike, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> SAE:
     """Load a dictionary from a folder that :meth:`SAE.save` or a training run wrote."""
     return SAE.load(path, device=device, dtype=dtype)
 
@@ -398,9 +427,13 @@ def _read_config(path: Path) -> SAEConfig:
     try:
         data = json.loads(path.read_text())
     except OSError as error:
-        raise BadValue(f"{path}: got no readable file, expected the config.json that SAE.save writes") from error
+        raise BadValue(
+            f"{path}: got no readable file, expected the config.json that SAE.save writes"
+        ) from error
     except ValueError as error:
-        raise BadValue(f"{path}: got text that isn't JSON ({error}), expected the config.json of SAE.save") from error
+        raise BadValue(
+            f"{path}: got text that isn't JSON ({error}), expected the config.json of SAE.save"
+        ) from error
     if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
         reject(str(path), "a config of another format", f'one with "format": "{_FORMAT}"')
     return SAEConfig.from_dict(data)
@@ -411,7 +444,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise BadValue(f"{path}: got no whole safetensors file ({error}), expected the one SAE.save writes") from error
+        raise BadValue(
+            f"{path}: got no whole safetensors file ({error}), expected the one SAE.save writes"
+        ) from error
 
 
 def _geometric_median(x: Tensor, iterations: int = 30) -> Tensor:

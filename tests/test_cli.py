@@ -115,6 +115,7 @@ def test_every_option_of_a_run_is_a_flag():
             "activations: got 'X' beside ['model'], expected one source",
         ),
         (("--activations", "nothing.npy"), "nothing.npy"),
+        (("--model", "minilm", "--hook", "a", "--hook", "b", "--text", "t"), "hook: got list, expected str"),
         (("--activations", "DATA", "--k", 0), "k: got 0, expected an integer >= 1"),
         (
             ("--activations", "DATA", "--k", 65, "--latents", 64),

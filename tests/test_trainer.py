@@ -193,9 +193,6 @@ def test_length_must_be_known(x):
         Trainer(SAE(SAEConfig(8, 32, TopK(3))), iter([x]), TrainConfig())
 
 
-# -- checkpoints ---------------------------------------------------------------------------------------------------------
-
-
 def test_checkpoint_round_trip(tmp_path):
     tree = {
         "a": torch.arange(3, dtype=torch.int32),
@@ -232,15 +229,33 @@ def test_what_is_no_plain_value_is_refused(tmp_path):
     assert latest_checkpoint(tmp_path) is None
 
 
-# -- a run as a process --------------------------------------------------------------------------------------------------
-
-
 def command(folder, *more):
     return [
-        sys.executable, "-m", "fastsae", "train", "--activations", str(folder / "x.npy"), "--out", str(folder / "run"),
-        "--latents", "256", "--k", "4", "--batch-size", "64", "--tokens", "25600", "--lr", "0.003", "--log-every", "1",
-        "--checkpoint-every", "7", "--no-progress", *more,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "fastsae",
+        "train",
+        "--activations",
+        str(folder / "x.npy"),
+        "--out",
+        str(folder / "run"),
+        "--latents",
+        "256",
+        "--k",
+        "4",
+        "--batch-size",
+        "64",
+        "--tokens",
+        "25600",
+        "--lr",
+        "0.003",
+        "--log-every",
+        "1",
+        "--checkpoint-every",
+        "7",
+        "--no-progress",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,10 @@ __all__ = ["Backend", "available", "diagnose", "resolve"]
 
 Backend = str
 """One of "auto", "reference", "torch", "triton", "cuda"."""
-_PLANNED = {"triton": "this version holds no Triton kernels yet", "cuda": "this version holds no CUDA kernels yet"}
+_PLANNED = {
+    "triton": "this version holds no Triton kernels yet",
+    "cuda": "this version holds no CUDA kernels yet",
+}
 
 
 def available() -> dict[str, str | None]:
@@ -32,7 +35,7 @@ def available() -> dict[str, str | None]:
 
 
 def diagnose() -> dict[str, str]:
-    """Versions, devices, the CUDA extension, and each backend with "ok" or the reason why it can't be used."""
+    """Versions, devices, the CUDA extension, and for each backend "ok" or the reason why not."""
     report = {"python": platform.python_version()}
     for name in ("fastsae", "torch", "triton", "transformers", "numpy", "safetensors"):
         try:

@@ -1,6 +1,7 @@
 """The oracle: each operator in its plainest dense form, in any floating dtype (float64 for tests).
 
-Half-precision inputs are computed in float32 and rounded once. The docstrings here define what every backend computes.
+Half-precision inputs are computed in float32 and rounded once. The docstrings here define what every backend
+computes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,13 @@ __all__ = ["code_grad", "decode", "encode", "row_grads", "row_update", "transpos
 
 
 def encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor | None, subset: Tensor | None, rule: str, k: int
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    threshold: Tensor | None,
+    subset: Tensor | None,
+    rule: str,
+    k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Score, select, ReLU.
 
@@ -21,8 +28,8 @@ def encode(
         "batchtopk":  the N * k largest of all, ties by n * M + m; in order of n, then m
         "threshold":  pre > max(threshold, 0), threshold scalar or [M]; in order of n, then m
 
-    A score of NaN ranks as +Inf. ``subset`` [S] int64, ascending, confines the choice to those latents (k becomes
-    min(k, S)). Returns relu(selected) [P] in W_enc's dtype, indices [P] int32, offsets [N + 1] int64.
+    A score of NaN ranks as +Inf. ``subset`` [S] int64, ascending, confines the choice to those latents (k
+    becomes min(k, S)). Returns relu(selected) [P] in W_enc's dtype, indices [P] int32, offsets [N + 1] int64.
     """
     if subset is not None:
         W_enc, b_enc = W_enc[subset], None if b_enc is None else b_enc[subset]
@@ -48,14 +55,14 @@ def encode(
 
 
 def decode(values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
-    """x_hat[n] = sum_j values[j] * W_dec[indices[j]] + b_dec over the entries j of row n; [N, D] in W_dec's dtype."""
+    """x_hat[n] = sum_j values[j] * W_dec[indices[j]] + b_dec over row n's entries; [N, D], W_dec's dtype."""
     code = _dense(values, indices, offsets, W_dec.shape[0])
     x_hat = code @ _upcast(W_dec)
     return (x_hat if b_dec is None else x_hat + _upcast(b_dec)).to(W_dec.dtype)
 
 
 def code_grad(grad_x_hat: Tensor, W_dec: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
-    """grad_values[j] = <grad_x_hat[row of j], W_dec[indices[j]]>; [P] in grad_x_hat's dtype, 0 beyond offsets[-1]."""
+    """grad_values[j] = <grad_x_hat[row of j], W_dec[indices[j]]>; [P], 0 beyond offsets[-1]."""
     dense = _upcast(grad_x_hat) @ _upcast(W_dec).T
     rows, stored = _rows(offsets), int(offsets[-1])
     grad = grad_x_hat.new_zeros(indices.shape[0])
@@ -93,7 +100,8 @@ def transpose(
 def row_grads(coefs: Tensor, x: Tensor, starts: Tensor, tokens: Tensor) -> Tensor:
     """grad[r] = sum of coefs[j] * x[tokens[j]] over starts[r] <= j < starts[r + 1].
 
-    ``starts`` may be a slice of a longer one, so it needn't begin at 0. [R, D] in float32 (float64 of float64).
+    ``starts`` may be a slice of a longer one, so it needn't begin at 0. [R, D] in float32 (float64 of
+    float64).
     """
     x, coefs = _upcast(x), _upcast(coefs)
     first, last = int(starts[0]), int(starts[-1])
@@ -103,30 +111,44 @@ def row_grads(coefs: Tensor, x: Tensor, starts: Tensor, tokens: Tensor) -> Tenso
 
 
 def row_update(
-    weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last_step: Tensor, rows: Tensor | None, grad: Tensor | None,
-    coast: Tensor | None, lr: float, beta1: float, beta2: float, eps: float, step: int, unit_norm: bool,
-) -> None:  # fmt: skip
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    last_step: Tensor,
+    rows: Tensor | None,
+    grad: Tensor | None,
+    coast: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    unit_norm: bool,
+) -> None:
     """One Adam step, in place, on the given rows of ``weight`` [M, D] and its two moments.
 
-    With ``coast`` (float64, indexed by step) a row last brought up to date at step t first makes up for the steps it
-    missed, s = step - 1 - t of them (step - t where grad is None), as Adam with zero gradients would have moved it:
+    With ``coast`` (float64, indexed by step) a row last brought up to date at step t first makes up for the
+    steps it missed, s = step - 1 - t of them (step - t where grad is None), as Adam with zero gradients would
+    have moved it:
 
         w -= coast[t] * m / (sqrt v + eps * sqrt(1 - beta2^t));   m *= beta1^s;   v *= beta2^s
 
-    where coast[t] is the optimizer's running sum of  lr_u r^(u - t) sqrt(1 - beta2^u) / (1 - beta1^u)  over the missed
-    steps u, r = beta1 / sqrt(beta2). Then, where ``grad`` [R, D] is given, with g = grad less its part along w if
-    ``unit_norm``:
+    where coast[t] is the optimizer's running sum of  lr_u r^(u - t) sqrt(1 - beta2^u) / (1 - beta1^u)  over
+    the missed steps u, r = beta1 / sqrt(beta2). Then, where ``grad`` [R, D] is given, with g = grad less its
+    part along w if ``unit_norm``:
 
         m = beta1 m + (1 - beta1) g;   v = beta2 v + (1 - beta2) g^2
         w -= lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
 
-    ``unit_norm`` last divides each row by its length. ``rows`` None means every row in order. ``last_step`` [M] int32
-    becomes ``step``.
+    ``unit_norm`` last divides each row by its length. ``rows`` None means every row in order. ``last_step``
+    [M] int32 becomes ``step``.
     """
     index = slice(None) if rows is None else rows
     w, m, v = (_upcast(t[index]) for t in (weight, exp_avg, exp_avg_sq))
     if coast is not None:
-        w, m, v = _coast(w, m, v, last_step[index].long(), coast, beta1, beta2, eps, step - (grad is not None))
+        w, m, v = _coast(
+            w, m, v, last_step[index].long(), coast, beta1, beta2, eps, step - (grad is not None)
+        )
     if grad is not None:
         g = grad.to(w.dtype)
         if unit_norm:
@@ -147,7 +169,9 @@ def _coast(w, m, v, last, coast, beta1, beta2, eps, until):
     owed = coast[last] * (missed > 0)
     # a row never touched has m = v = 0: any divisor but 0 will do
     floor = torch.where(last == 0, 1.0, eps * (1 - beta2 ** last.double()).sqrt())
-    owed, floor, decay1, decay2 = (t.to(w.dtype)[:, None] for t in (owed, floor, beta1**missed, beta2**missed))
+    owed, floor, decay1, decay2 = (
+        t.to(w.dtype)[:, None] for t in (owed, floor, beta1**missed, beta2**missed)
+    )
     return w - owed * m / (v.sqrt() + floor), decay1 * m, decay2 * v
 
 

@@ -1,8 +1,10 @@
-"""Portable PyTorch: the same operators in bounded memory, fast on a CPU. See :mod:`fastsae.backends.reference`.
+"""Portable PyTorch: the same operators in bounded memory, fast on a CPU. See
+:mod:`fastsae.backends.reference`.
 
-``encode`` scores a block of columns at a time into one reused-size buffer and keeps, per token, only the scores above
-its running k-th best. A block is first reduced to the maxima of strided groups of columns, so that the threshold is
-compared with one number in 32; exact, because a group whose maximum fails holds nothing that passes.
+``encode`` scores a block of columns at a time into one reused-size buffer and keeps, per token, only the
+scores above its running k-th best. A block is first reduced to the maxima of strided groups of columns, so
+that the threshold is compared with one number in 32; exact, because a group whose maximum fails holds nothing
+that passes.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch.nn import functional as nnf
 __all__ = ["code_grad", "decode", "encode", "row_grads", "row_update", "transpose"]
 
 BLOCK_SCORES = 2**22
-"""Scores held at a time: 16 MiB in fp32, about what a last-level cache keeps (2 cores, N = 1024, D = 384, 2026-11)."""
+"""Scores held at a time, 16 MiB in fp32: stays in a last-level cache (measured at N = 1024, D = 384)."""
 MAX_TOKENS = 1024
 """Tokens encoded at a time, so that a block of scores has enough columns for a good GEMM."""
 GROUP = 32
@@ -24,7 +26,13 @@ BLOCK_ELEMENTS = 2**20
 
 
 def encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor | None, subset: Tensor | None, rule: str, k: int
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    threshold: Tensor | None,
+    subset: Tensor | None,
+    rule: str,
+    k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fastsae.backends.reference.encode`. At most BLOCK_SCORES scores are in memory at a time."""
     if subset is not None:
@@ -47,11 +55,11 @@ def encode(
 
 def _scores(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     W, b = W.to(x.dtype), None if b is None else b.to(x.dtype)
-    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        # oneDNN's fp32 GEMM: 2.4x MKL's on AMD EPYC (Zen 5, 2 cores, 1024 x 384 x 65,536, 2026-11). Only for round
-        # shapes: it keeps a primitive for each of the last 1024 shapes, which at odd sizes pins gigabytes of heap.
-        if x.numel() and x.shape[0] % 256 == 0 and W.shape[0] % 1024 == 0:
-            return torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
+    # oneDNN's fp32 GEMM: 2.4x MKL's on AMD EPYC (Zen 5, 2 cores, 1024 x 384 x 65,536, 2026-11). Only for
+    # round shapes: it keeps a primitive for each of the last 1024 shapes, and odd ones pin gigabytes of heap.
+    fp32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if fp32_on_cpu and x.numel() and x.shape[0] % 256 == 0 and W.shape[0] % 1024 == 0:
+        return torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
     return nnf.linear(x, W, b)
 
 
@@ -60,7 +68,7 @@ def _block_width(n_tokens: int) -> int:
 
 
 class _RowBest:
-    """The best candidates of each token so far: appended in column order, cut back to the k best now and then."""
+    """Each token's best candidates so far: appended in column order, now and then cut back to k."""
 
     def __init__(self, n_tokens: int, k: int, like: Tensor) -> None:
         self.k, self.count = k, torch.zeros(n_tokens, dtype=torch.int64, device=like.device)
@@ -80,7 +88,7 @@ class _RowBest:
         self.columns[rows, slot] = columns
 
     def tighten(self) -> Tensor:
-        """Keep the k best by (value descending, column ascending); return each row's k-th as [N, 1], NaN as +Inf."""
+        """Keep the k best by (value descending, column ascending); return each row's k-th, [N, 1]."""
         # stable, and candidates stand in column order among equals: the lowest column wins
         rank, order = _rank(self.values).sort(dim=1, descending=True, stable=True)
         order = order[:, : self.k]
@@ -107,8 +115,10 @@ def _encode_topk(x: Tensor, W: Tensor, b: Tensor | None, k: int) -> tuple[Tensor
     return best.values, best.columns
 
 
-def _candidates(scores: Tensor, lo: int, group: int, tau: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, columns and values of the scores above ``tau``; with no tau yet, of a superset of each row's k best."""
+def _candidates(
+    scores: Tensor, lo: int, group: int, tau: Tensor | None, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, columns, values of the scores above ``tau``; with no tau, of a superset of the k best."""
     n, width = scores.shape
     if width % group:
         scores = nnf.pad(scores, (0, group - width % group), value=-torch.inf)
@@ -130,7 +140,7 @@ def _candidates(scores: Tensor, lo: int, group: int, tau: Tensor | None, k: int)
 
 
 def _encode_batchtopk(x: Tensor, W: Tensor, b: Tensor | None, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``keep`` largest scores of all, ties by n * M + m; the candidates never pass 2 * keep + one block."""
+    """The ``keep`` largest scores, ties by n * M + m; candidates never pass 2 * keep + one block."""
     n, m = x.shape[0], W.shape[0]
     rows = torch.empty(0, dtype=torch.int64, device=x.device)
     columns, values, tau = rows.clone(), x.new_empty(0), None
@@ -140,7 +150,9 @@ def _encode_batchtopk(x: Tensor, W: Tensor, b: Tensor | None, keep: int) -> tupl
         for lo in range(0, m, width):
             scores = _scores(part, W[lo : lo + width], None if b is None else b[lo : lo + width])
             # >=: a later entry equal to tau may have the lower place n * M + m
-            new_rows, new_columns = (torch.ones_like(scores, dtype=torch.bool) if tau is None else _rank(scores) >= tau).nonzero(as_tuple=True)  # fmt: skip
+            new_rows, new_columns = (
+                torch.ones_like(scores, dtype=torch.bool) if tau is None else _rank(scores) >= tau
+            ).nonzero(as_tuple=True)
             rows = torch.cat([rows, new_rows + tokens])
             columns = torch.cat([columns, new_columns + lo])
             values = torch.cat([values, scores[new_rows, new_columns]])
@@ -152,7 +164,7 @@ def _encode_batchtopk(x: Tensor, W: Tensor, b: Tensor | None, keep: int) -> tupl
 
 
 def _cut(rows, columns, values, keep, m):
-    """Keep the ``keep`` best entries by (value descending, place ascending), and say what the last of them is worth."""
+    """Keep the best entries by (value descending, place ascending); also return the last one's value."""
     if keep == 0 or len(values) < keep:
         return rows[:keep], columns[:keep], values[:keep], None
     rank = _rank(values)
@@ -164,7 +176,7 @@ def _cut(rows, columns, values, keep, m):
 
 
 def _scan(x: Tensor, W: Tensor, b: Tensor | None, passes) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, columns and values of all scores for which ``passes(scores, lo, hi)``; columns ascend within a row."""
+    """Rows, columns, values of all scores that ``passes(scores, lo, hi)``; columns ascend in a row."""
     found = []
     for tokens in range(0, x.shape[0], MAX_TOKENS):
         part = x[tokens : tokens + MAX_TOKENS]
@@ -244,9 +256,20 @@ def row_grads(coefs: Tensor, x: Tensor, starts: Tensor, tokens: Tensor) -> Tenso
 
 
 def row_update(
-    weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last_step: Tensor, rows: Tensor | None, grad: Tensor | None,
-    coast: Tensor | None, lr: float, beta1: float, beta2: float, eps: float, step: int, unit_norm: bool,
-) -> None:  # fmt: skip
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    last_step: Tensor,
+    rows: Tensor | None,
+    grad: Tensor | None,
+    coast: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    unit_norm: bool,
+) -> None:
     """See :func:`fastsae.backends.reference.row_update`."""
     tensors = (weight, exp_avg, exp_avg_sq)
     # views where every row is meant, so that in-place arithmetic is the whole update
@@ -281,7 +304,9 @@ def _coast_(w, m, v, missed, last, coast, beta1, beta2, eps) -> None:
     owed = coast[last] * (missed > 0)
     # a row never touched has m = v = 0: any divisor but 0 will do
     floor = torch.where(last == 0, 1.0, eps * (1 - beta2 ** last.double()).sqrt())
-    owed, floor, decay1, decay2 = (t.to(w.dtype)[:, None] for t in (owed, floor, beta1**missed, beta2**missed))
+    owed, floor, decay1, decay2 = (
+        t.to(w.dtype)[:, None] for t in (owed, floor, beta1**missed, beta2**missed)
+    )
     w.addcdiv_(m * owed, v.sqrt().add_(floor), value=-1)
     m.mul_(decay1)
     v.mul_(decay2)

@@ -168,7 +168,9 @@ class ModelActivations:
         skip, self._skip = self._skip, 0
         self._tokens = self._batches = 0
         total = self._count() if self.progress else None
-        with tqdm(total=total, unit=" tokens", unit_scale=True, disable=None if self.progress else True) as bar:
+        with tqdm(
+            total=total, unit=" tokens", unit_scale=True, disable=None if self.progress else True
+        ) as bar:
             for ids in self._windows():
                 keep = ~torch.isin(ids.flatten(), self._special)
                 if self.n_tokens is not None:

@@ -157,7 +157,9 @@ def _firings(
     """Encode ``rows``; yield place, latent and activation of every positive entry, by place, on the CPU."""
     from tqdm.auto import tqdm
 
-    bar = tqdm(total=len(rows), desc="examples", unit=" tokens", unit_scale=True, disable=None if progress else True)
+    bar = tqdm(
+        total=len(rows), desc="examples", unit=" tokens", unit_scale=True, disable=None if progress else True
+    )
     with bar:
         for lo in range(0, len(rows), batch_size):
             part = rows[lo : lo + batch_size]

@@ -26,28 +26,29 @@ class RowAdam(torch.optim.Optimizer):
 
     ``dense``: torch.optim.Adam's result; every row moves at every step.
 
-    ``lazy``: rows move only when touched, as under torch.optim.SparseAdam. A latent that fires with probability p then
-    learns about 1 / sqrt(p) more slowly than under dense Adam.
+    ``lazy``: rows move only when touched, as under torch.optim.SparseAdam. A latent that fires with
+    probability p then learns about 1 / sqrt(p) more slowly than under dense Adam.
 
-    ``deferred``: a touched row first makes up, in closed form, for the steps it missed, then takes its step. With m, v
-    as they were at its last touch t, and T the steps done since then:
+    ``deferred``: a touched row first makes up, in closed form, for the steps it missed, then takes its step.
+    With m, v as they were at its last touch t, and T the steps done since then:
 
-        w -= C m / (sqrt v + eps sqrt(1 - b2^t)),   C = sum_{u = t+1..T} lr_u r^(u-t) sqrt(1 - b2^u) / (1 - b1^u)
-        m *= b1^(T-t);   v *= b2^(T-t);   r = b1 / sqrt b2
+        w -= C m / (sqrt v + eps sqrt(1 - b2^t)),   C = sum_{u = t+1..T} lr_u r^(u-t) sqrt(1 - b2^u) / (1 -
+        b1^u) m *= b1^(T-t);   v *= b2^(T-t);   r = b1 / sqrt b2
 
-    which is where dense Adam with zero gradients would have taken it, whatever the learning-rate schedule. Until then
-    the row is read up to C m / sqrt v stale; :meth:`flush_` brings all rows up to date.
+    which is where dense Adam with zero gradients would have taken it, whatever the learning-rate schedule.
+    Until then the row is read up to C m / sqrt v stale; :meth:`flush_` brings all rows up to date.
 
     Args:
-        params: an :class:`fastsae.SAE`; or what torch's optimizers take, where parameters of two dimensions are updated
-            by rows (a group may say otherwise with ``row_sparse``) and all others as one.
+        params: an :class:`fastsae.SAE`; or what torch's optimizers take, where parameters of two dimensions
+            are updated by rows (a group may say otherwise with ``row_sparse``) and all others as one.
         lr, betas, eps: as in torch.optim.Adam. ``lr`` may be changed by torch's schedulers.
         mode: "dense", "lazy" or "deferred".
         state_dtype: dtype of the moments; "float32".
         backend: which backend updates (see :mod:`fastsae.backends`).
 
-    Gradients are read from ``.grad``, dense or row-sparse COO, by :meth:`step`; a row is touched if any entry of its
-    gradient isn't 0. :func:`fastsae.training.train_step` feeds rows directly, without gradient tensors.
+    Gradients are read from ``.grad``, dense or row-sparse COO, by :meth:`step`; a row is touched if any entry
+    of its gradient isn't 0. :func:`fastsae.training.train_step` feeds rows directly, without gradient
+    tensors.
 
     Source: Kingma & Ba 2015, arXiv 1412.6980; the coast by summing its update with zero gradients.
     """
@@ -63,6 +64,9 @@ class RowAdam(torch.optim.Optimizer):
         backend: Backend = "auto",
     ) -> None:
         check_number("lr", lr, low=0.0)
+        check_type("betas", betas, (tuple, list), "two numbers in [0, 1)")
+        if len(betas) != 2:
+            reject("betas", betas, "two numbers in [0, 1)")
         for i, beta in enumerate(betas):
             check_number(f"betas[{i}]", beta, low=0.0)
             if beta >= 1:
@@ -80,22 +84,27 @@ class RowAdam(torch.optim.Optimizer):
             ]
         elif isinstance(params, nn.Module):
             params = params.parameters()
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "mode": mode, "row_sparse": None, "unit_norm": False}
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "mode": mode,
+            "row_sparse": None,
+            "unit_norm": False,
+        }
         super().__init__(params, defaults | {"steps": 0, "coast": None})
-
-    # -- public ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
-        """Update from the ``.grad`` of every parameter. Raises ValueError at a gradient that holds NaN or Inf."""
+        """Update from every parameter's ``.grad``. Raises ValueError at a gradient with NaN or Inf."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             for param in group["params"]:
-                if param.grad is not None and not (_values(param.grad).isfinite().all()):
-                    reject("grad", "a gradient with NaN or Inf", "finite numbers; no parameter was changed")
+                if param.grad is not None:
+                    _check_grad(param.grad)
         self.begin_step_()
         for group in self.param_groups:
             for param in group["params"]:
@@ -114,7 +123,11 @@ class RowAdam(torch.optim.Optimizer):
             for param in group["params"]:
                 if self._by_rows(group, param) and param in self.state:
                     for lo, hi in self._blocks(param):
-                        self._update(group, param, slice(lo, hi), None)
+                        behind = (self.row_steps(param)[lo:hi] < group["steps"]).nonzero().flatten() + lo
+                        if len(behind):
+                            self._update(
+                                group, param, slice(lo, hi) if len(behind) == hi - lo else behind, None
+                            )
 
     def row_steps(self, param: Tensor) -> Tensor:
         """The step up to which each row of ``param`` is up to date, [M] int32."""
@@ -123,13 +136,15 @@ class RowAdam(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore what ``state_dict()`` gave, every tensor in the dtype it was saved in."""
         super().load_state_dict(state_dict)
-        # torch casts all states to their parameter's dtype, which would ruin counters and fp32 moments of bf16 weights
+        # torch casts all states to their parameter's dtype, which would ruin counters and fp32 moments of
+        # bf16 weights
         params = [param for group in self.param_groups for param in group["params"]]
         for index, state in state_dict["state"].items():
             param = params[index]
             self.state[param] = {name: t.to(param.device, copy=True) for name, t in state.items()}
-
-    # -- for train_step: one step is begin_step_, any number of update_rows_, end_step_ --------------------------------
+        for group in self.param_groups:
+            if group["coast"] is not None:
+                group["coast"] = group["coast"].to(group["params"][0].device)
 
     def begin_step_(self) -> None:
         """Count the step that the updates up to :meth:`end_step_` belong to."""
@@ -140,7 +155,7 @@ class RowAdam(torch.optim.Optimizer):
     def update_rows_(self, param: Tensor, rows: Tensor | None, grad: Callable[[int, int], Tensor]) -> None:
         """Step the given rows of ``param`` (ascending int64; None: all); ``grad(lo, hi)`` is the gradient of
         rows[lo:hi], [hi - lo, ...], and is asked for a block at a time."""
-        group = next(g for g in self.param_groups if any(p is param for p in g["params"]))
+        group = self._group(param)
         if rows is None:
             for lo, hi in self._blocks(param):
                 self._update(group, param, slice(lo, hi), grad(lo, hi))
@@ -164,37 +179,54 @@ class RowAdam(torch.optim.Optimizer):
                     coast = torch.zeros(0, dtype=torch.float64, device=group["params"][0].device)
                 group["coast"] = _extend_coast(coast, group["steps"], float(group["lr"]), *group["betas"])
 
-    # -- inside ------------------------------------------------------------------------------------------------------
+    def _group(self, param: Tensor) -> dict:
+        for group in self.param_groups:
+            if any(p is param for p in group["params"]):
+                return group
+        reject("param", "a tensor of another optimizer", "a parameter of this one")
 
     def _by_rows(self, group: dict, param: Tensor) -> bool:
         return param.ndim == 2 if group["row_sparse"] is None else group["row_sparse"]
 
     def _state(self, param: Tensor) -> dict[str, Tensor]:
+        self._group(param)
         state = self.state[param]
         if not state:
-            check_type("param", param, nn.Parameter, "a parameter of this optimizer")
-            state["exp_avg"] = torch.zeros_like(param, dtype=_wide(param), memory_format=torch.contiguous_format)
+            state["exp_avg"] = torch.zeros_like(
+                param, dtype=_wide(param), memory_format=torch.contiguous_format
+            )
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
-            state["last_step"] = torch.zeros(param.shape[:1], dtype=torch.int32, device=param.device)
+            state["last_step"] = torch.zeros(param.shape[:1] or 1, dtype=torch.int32, device=param.device)
         return state
 
     def _blocks(self, param: Tensor, n_rows: int | None = None) -> list[tuple[int, int]]:
-        n_rows = param.shape[0] if n_rows is None else n_rows
+        n_rows = (param.shape[0] if param.ndim else 1) if n_rows is None else n_rows
         size = max(1, BLOCK_ELEMENTS // max(1, math.prod(param.shape[1:])))
         return [(lo, min(lo + size, n_rows)) for lo in range(0, n_rows, size)]
 
     def _update(self, group: dict, param: Tensor, rows: Tensor | slice, grad: Tensor | None) -> None:
         state = self._state(param)
-        wide = [t.detach().view(t.shape[0], -1) for t in (param, state["exp_avg"], state["exp_avg_sq"])]
+        wide = [
+            t.detach().view(t.shape[0] if t.ndim else 1, -1)
+            for t in (param, state["exp_avg"], state["exp_avg_sq"])
+        ]
         last_step = state["last_step"]
         places = None if isinstance(rows, slice) else rows
         if isinstance(rows, slice):  # views of consecutive rows need no gather
             wide, last_step = [t[rows] for t in wide], last_step[rows]
         torch.ops.fastsae.row_update(
-            *wide, last_step, places, None if grad is None else grad.reshape(grad.shape[0], -1),
+            *wide,
+            last_step,
+            places,
+            None if grad is None else grad.reshape(grad.shape[0], -1),
             group["coast"] if group["mode"] == "deferred" else None,
-            float(group["lr"]), *group["betas"], group["eps"], group["steps"], group["unit_norm"], resolve(self.backend),
-        )  # fmt: skip
+            float(group["lr"]),
+            *group["betas"],
+            group["eps"],
+            group["steps"],
+            group["unit_norm"],
+            resolve(self.backend),
+        )
 
 
 def _slicer(grad: Tensor) -> Callable[[int, int], Tensor]:
@@ -205,26 +237,32 @@ def _wide(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def _values(grad: Tensor) -> Tensor:
-    return grad._values() if grad.is_sparse else grad
+def _check_grad(grad: Tensor) -> None:
+    if grad.is_sparse and grad.sparse_dim() != 1:
+        reject("grad", f"a COO tensor sparse in {grad.sparse_dim()} dimensions", "one sparse by rows")
+    if not (grad._values() if grad.is_sparse else grad).isfinite().all():
+        reject("grad", "a gradient with NaN or Inf", "finite numbers; no parameter was changed")
 
 
 def _touched(grad: Tensor, dense: bool) -> tuple[Tensor | None, Tensor]:
     """The rows a gradient touches, ascending, and their gradients; rows None where all are meant."""
-    if grad.is_sparse:
-        grad = grad.coalesce()
-        return grad.indices()[0], grad.values()
     if dense:
-        return None, grad
-    rows = grad.view(grad.shape[0], -1).ne(0).any(1).nonzero().flatten()
-    return rows, grad[rows]
+        return None, (grad.to_dense() if grad.is_sparse else grad).reshape(-1, *grad.shape[1:])
+    if not grad.is_sparse:
+        rows = grad.flatten(1).ne(0).any(1).nonzero().flatten() if grad.ndim > 1 else grad.nonzero().flatten()
+        return rows, grad[rows]
+    grad = grad.coalesce()
+    rows, values = grad.indices()[0], grad.values()
+    live = values.reshape(len(values), -1).ne(0).any(1)
+    return (rows, values) if live.all() else (rows[live], values[live])
 
 
 def _extend_coast(coast: Tensor, step: int, lr: float, beta1: float, beta2: float) -> Tensor:
-    """The coast table after ``step``: coast[t] += lr r^(step - t) sqrt(1 - beta2^step) / (1 - beta1^step) for t < step.
+    """The coast table after ``step``: coast[t] += lr r^(step - t) sqrt(1 - beta2^step) / (1 - beta1^step) for
+    t < step.
 
-    The table grows by doubling; only its first step + 1 places mean something. Kept for every t, not as a window of
-    recent learning rates: a row long idle moved mostly right after its last touch.
+    The table grows by doubling; only its first step + 1 places mean something. Kept for every t, not as a
+    window of recent learning rates: a row long idle moved mostly right after its last touch.
     """
     if len(coast) <= step:
         coast = torch.nn.functional.pad(coast, (0, max(256, 2 * step) - len(coast)))

@@ -1,7 +1,9 @@
 """Checkpoints: any tree of tensors and plain values, in safetensors and JSON, visible only when whole.
 
-A checkpoint is the folder ``step-<n>``: ``state.safetensors`` with the tensors, ``state.json`` with the rest. It is
-written under a temporary name, flushed to disk and renamed, so that a folder of that name is always complete. No pickle.
+A checkpoint is the folder ``step-<n>``: ``state.safetensors`` with the tensors, ``state.json`` with the rest.
+It is written under a temporary name, flushed to disk and renamed, so that a folder of that name is always
+complete.
+No pickle.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return _unflatten(json.loads((path / _PLAIN).read_text()), load_file(path / _TENSORS))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = f"a checkpoint that can't be read ({error})"
-        raise BadValue(f"{path}: got {reason}, expected a whole one; delete it to resume from the one before") from error
+        raise BadValue(
+            f"{path}: got {reason}, expected a whole one; delete it to resume from the one before"
+        ) from error
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -82,7 +86,9 @@ def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return {"list": [_flatten(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]}
     if value is None or isinstance(value, str | int | float):
         return {"value": value}
-    reject(f"checkpoint{name}", type(value).__name__, "tensors, numbers, strings, None, lists and dicts of them")
+    reject(
+        f"checkpoint{name}", type(value).__name__, "tensors, numbers, strings, None, lists and dicts of them"
+    )
 
 
 def _unflatten(node: dict[str, Any], tensors: dict[str, Tensor]) -> Any:

@@ -23,7 +23,9 @@ class RunLog:
         wandb: also log to this Weights & Biases project.
     """
 
-    def __init__(self, directory: Path, step: int = 0, *, tensorboard: bool = False, wandb: str | None = None) -> None:
+    def __init__(
+        self, directory: Path, step: int = 0, *, tensorboard: bool = False, wandb: str | None = None
+    ) -> None:
         self.path = directory / "log.jsonl"
         kept = [row for row in read_log(self.path) if row["step"] <= step]
         write_atomically(self.path, lambda path: path.write_text("".join(map(_line, kept))))
@@ -70,7 +72,9 @@ def _tensorboard(directory: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise FastSAEError("tensorboard: not installed, expected `pip install fastsae[tensorboard]`") from error
+        raise FastSAEError(
+            "tensorboard: not installed, expected `pip install fastsae[tensorboard]`"
+        ) from error
     return SummaryWriter(directory / "tensorboard", purge_step=step + 1)
 
 

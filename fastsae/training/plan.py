@@ -1,4 +1,4 @@
-"""What a training run needs, by arithmetic alone: bytes by part, and the least time a GPU could take per step."""
+"""What a training run needs, by arithmetic: bytes by part, and the least time per step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ __all__ = ["GPUS", "plan_run"]
 GPUS = {
     # memory in bytes, dense fp32-accumulated bf16 FLOP/s, bytes/s
     "h200": (139 * 2**30, 790e12, 4.3e12),  # rates measured with a large GEMM and a large copy
-    "h100": (80 * 2**30, 790e12, 3.0e12),  # the H200's GEMM rate (same chip); 90 % of the datasheet's 3.35 TB/s
+    "h100": (
+        80 * 2**30,
+        790e12,
+        3.0e12,
+    ),  # the H200's GEMM rate (same chip); 90 % of the datasheet's 3.35 TB/s
     "a100": (80 * 2**30, 280e12, 1.8e12),  # 90 % of the datasheet's 312 TFLOP/s and 2.0 TB/s
 }
 _FP32 = 4
@@ -27,9 +31,11 @@ def plan_run(d_in: int, latents: int, k: int, batch: int, gpu: str | None = None
         weights    (2 M D + M + D) * 4                        W_enc, W_dec, b_enc, b_dec
         states     twice the weights, + 12 M + 4 D            two moments; when each row was last updated
         counters   8 M                                        when each latent last fired
-        workspace  scores (two blocks), candidates, the code and its transpose, a block of rows and its moments,
+        workspace  scores (two blocks), candidates, the code and its transpose, a block of rows and its
+        moments,
                    and [N, D] inputs and errors: an upper estimate, the same for every M
-        floor_ms   2 N D M / FLOP rate + bytes / bandwidth, bytes = (4 gathers of N k rows + 12 passes over the active
+        floor_ms   2 N D M / FLOP rate + bytes / bandwidth, bytes = (4 gathers of N k rows + 12 passes over
+        the active
                    rows of both matrices) * 4 D, active rows = M (1 - exp(-N k / M)): latents firing evenly
 
     The floor is the roofline at the named GPU's rates: a bound, not a prediction of this version.
@@ -63,5 +69,7 @@ def plan_run(d_in: int, latents: int, k: int, batch: int, gpu: str | None = None
         per_latent = (6 * d_in + 3) * _FP32 + 20
         plan["largest_latents"] = max(0, int((memory - parts["workspace"]) // per_latent))
         plan["floor_ms"] = round(1e3 * (2 * batch * d_in * latents / flops + traffic / bandwidth), 3)
-        plan["assumed"] = f"{gpu}: {memory / 2**30:.0f} GiB, {flops / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.1f} TB/s"
+        plan["assumed"] = (
+            f"{gpu}: {memory / 2**30:.0f} GiB, {flops / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.1f} TB/s"
+        )
     return plan

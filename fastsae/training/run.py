@@ -14,7 +14,14 @@ import yaml
 
 from fastsae.checks import BadValue, check_choice, check_number, check_type, reject
 from fastsae.config import AuxK, BatchTopK, DecoderNormL1, ReLU, SAEConfig, TopK
-from fastsae.data import ActivationStore, Batches, cached_activations, load_model, open_activations, split_rows
+from fastsae.data import (
+    ActivationStore,
+    Batches,
+    cached_activations,
+    load_model,
+    open_activations,
+    split_rows,
+)
 from fastsae.evaluate import Evaluation, evaluate, top_examples, write_report
 from fastsae.sae import SAE, write_atomically
 from fastsae.training.logs import read_log
@@ -43,7 +50,8 @@ class RunOptions:
         latents, k, activation: dictionary size, active latents, and "topk", "batchtopk" or "relu".
         l1: coefficient of the decoder-norm L1, "relu" only.
         auxk: coefficient of AuxK, "topk" and "batchtopk" only; 0 leaves it out.
-        dead_after: tokens without firing that make a latent dead; None is 1/28 of the run, at most 10 million.
+        dead_after: tokens without firing that make a latent dead; None is 1/28 of the run, at most 10
+        million.
         normalization: "none", "scalar" or "layer_norm".
         batch_size: tokens per step.
         lr: None is 2e-4 / sqrt(latents / 2^14) (Gao et al. 2024), meant for long runs.
@@ -93,7 +101,11 @@ class RunOptions:
             _check_field(field, getattr(self, field.name))
         sources = [name for name in ("model", "hook", "text") if getattr(self, name) is not None]
         if self.activations is not None and sources:
-            reject("activations", f"{self.activations!r} beside {sources}", "one source: activations, or model, hook and text")
+            reject(
+                "activations",
+                f"{self.activations!r} beside {sources}",
+                "one source: activations, or model, hook and text",
+            )
         if self.activations is None and len(sources) < 3:
             missing = [name for name in ("model", "hook", "text") if name not in sources]
             reject("model, hook, text", f"no {' and no '.join(missing)}", "all three, or activations")
@@ -105,14 +117,21 @@ class RunOptions:
             check_number("tokens", self.tokens, integer=True, low=self.batch_size)
         # every other check, before any work: the same objects at width 1, without memory
         sae = SAE(
-            self.sae_config(1, 1), device="meta", dtype=_DTYPES[self.dtype], weight_format=self.weight_format,
+            self.sae_config(1, 1),
+            device="meta",
+            dtype=_DTYPES[self.dtype],
+            weight_format=self.weight_format,
             backend=self.backend,
-        )  # fmt: skip
+        )
         Trainer(sae, [], dataclasses.replace(self.train_config(), n_steps=1))
 
     def sae_config(self, d_in: int, n_tokens: int) -> SAEConfig:
         """The dictionary for activations of width ``d_in``, trained on ``n_tokens`` tokens."""
-        common: dict[str, Any] = {"d_in": d_in, "n_latents": self.latents, "normalization": self.normalization}
+        common: dict[str, Any] = {
+            "d_in": d_in,
+            "n_latents": self.latents,
+            "normalization": self.normalization,
+        }
         if self.activation == "relu":
             return SAEConfig(activation=ReLU(), losses=(DecoderNormL1(self.l1),), **common)
         dead_after = self.dead_after or max(1, min(n_tokens // 28, 10_000_000))
@@ -123,12 +142,15 @@ class RunOptions:
     def train_config(self) -> TrainConfig:
         """The trainer's share of the options."""
         lr = 2e-4 / (self.latents / 2**14) ** 0.5 if self.lr is None else self.lr
-        shared = {f.name for f in dataclasses.fields(TrainConfig)} & {f.name for f in dataclasses.fields(self)}
+        shared = {f.name for f in dataclasses.fields(TrainConfig)} & {
+            f.name for f in dataclasses.fields(self)
+        }
         return TrainConfig(**{name: getattr(self, name) for name in shared} | {"lr": lr})
 
 
 def run(options: RunOptions, *, resume: bool = False) -> dict[str, Any] | None:
-    """Train a dictionary and write its run directory: what :class:`Trainer` writes, run.yaml, metrics.json, report.html.
+    """Train a dictionary and write its run directory: what :class:`Trainer` writes, run.yaml, metrics.json,
+    report.html.
 
     Returns:
         The contents of metrics.json; None where a signal stopped the training (``resume`` continues it).
@@ -141,9 +163,12 @@ def run(options: RunOptions, *, resume: bool = False) -> dict[str, Any] | None:
     torch.manual_seed(options.seed)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     sae = SAE(
-        options.sae_config(store.d_in, batches.n_tokens), device=device, dtype=_DTYPES[options.dtype],
-        weight_format=options.weight_format, backend=options.backend,
-    )  # fmt: skip
+        options.sae_config(store.d_in, batches.n_tokens),
+        device=device,
+        dtype=_DTYPES[options.dtype],
+        weight_format=options.weight_format,
+        backend=options.backend,
+    )
     sample = store[train_rows[:_CALIBRATION_TOKENS]]
     sample = sample[sample.isfinite().all(1)]
     sae.calibrate_(sample.to(device, sae.W_enc.dtype))
@@ -164,7 +189,7 @@ def run(options: RunOptions, *, resume: bool = False) -> dict[str, Any] | None:
 
 
 def evaluate_run(directory: str | Path, activations: str | None = None) -> Evaluation:
-    """Metrics of a run's dictionary on its held-out tokens, or on all tokens of another ``activations`` file."""
+    """Metrics of a run's dictionary on its held-out tokens, or on another ``activations`` file."""
     options = load_options(Path(directory))
     sae = SAE.load(directory, device=options.device)
     if activations is None:
@@ -190,7 +215,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise BadValue(f"{path}: got no readable YAML file ({reason}), expected options such as 'k: 32'") from error
+        raise BadValue(
+            f"{path}: got no readable YAML file ({reason}), expected options such as 'k: 32'"
+        ) from error
     check_type(str(path), data, dict, "a YAML mapping of options such as 'k: 32'")
     data = {str(key).replace("-", "_"): value for key, value in data.items()}
     known = {f.name for f in dataclasses.fields(RunOptions)}
@@ -201,7 +228,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _check_field(field: dataclasses.Field, value: Any) -> None:
     """Types as annotated, so that a YAML file's 'k: many' is refused by name."""
-    kinds = {"int": int, "float": (int, float), "str": str, "bool": bool, "list[str]": list, "None": type(None)}
+    kinds = {
+        "int": int,
+        "float": (int, float),
+        "str": str,
+        "bool": bool,
+        "list[str]": list,
+        "None": type(None),
+    }
     names = str(field.type).split(" | ")
     allowed: list[type] = []
     for name in names:
@@ -213,12 +247,20 @@ def _check_field(field: dataclasses.Field, value: Any) -> None:
 def _activations(options: RunOptions) -> ActivationStore:
     if options.activations is not None:
         return open_activations(options.activations)
-    assert options.model is not None and options.hook is not None and options.text is not None
+    assert options.model is not None
+    assert options.hook is not None
+    assert options.text is not None
     needed = None if options.tokens is None else options.tokens + options.held_out
     return cached_activations(
-        options.model, options.hook, options.text, context=options.context, n_tokens=needed,
-        cache_dir=options.cache_dir, device=options.device, progress=options.progress,
-    )  # fmt: skip
+        options.model,
+        options.hook,
+        options.text,
+        context=options.context,
+        n_tokens=needed,
+        cache_dir=options.cache_dir,
+        device=options.device,
+        progress=options.progress,
+    )
 
 
 def _split(store: ActivationStore, options: RunOptions):
@@ -232,21 +274,32 @@ def _evaluate(sae: SAE, store: ActivationStore, rows, options: RunOptions) -> Ev
     return evaluate(sae, (x.to(sae.W_enc.device, sae.W_enc.dtype) for x in batches))
 
 
-def _report(options: RunOptions, sae: SAE, store: ActivationStore, evaluation: Evaluation, metrics: dict) -> None:
+def _report(
+    options: RunOptions, sae: SAE, store: ActivationStore, evaluation: Evaluation, metrics: dict
+) -> None:
     examples = None
     if store.token_ids is not None and options.model is not None:
         log.info("looking for the texts that fire each latent most")
         _, tokenizer = load_model(options.model)
         examples = top_examples(
-            sae, store, store.token_ids, decode_token=tokenizer.convert_ids_to_tokens, window=options.context,
+            sae,
+            store,
+            store.token_ids,
+            decode_token=tokenizer.convert_ids_to_tokens,
+            window=options.context,
             progress=options.progress,
-        )  # fmt: skip
+        )
     shown = ("model", "hook", "activations", "batch_size", "mode", "seed", "dtype")
     values = {name: getattr(options, name) for name in shown}
     facts = {name: value for name, value in values.items() if value is not None}
     facts |= {"lr": options.train_config().lr, "tokens": metrics["tokens"], "seconds": metrics["seconds"]}
     path = write_report(
-        options.out, sae=sae, evaluation=evaluation, log=read_log(Path(options.out) / "log.jsonl"), examples=examples,
-        title=f"{options.latents:,} latents of {options.hook or Path(str(options.activations)).name}", facts=facts,
-    )  # fmt: skip
+        options.out,
+        sae=sae,
+        evaluation=evaluation,
+        log=read_log(Path(options.out) / "log.jsonl"),
+        examples=examples,
+        title=f"{options.latents:,} latents of {options.hook or Path(str(options.activations)).name}",
+        facts=facts,
+    )
     log.info("report: %s", path)

@@ -1,8 +1,9 @@
-"""The fused training step: the loss of SAE.training_forward minimised with no dense gradient and no [N, M] tensor.
+"""The fused training step: the loss of SAE.training_forward minimised with no dense gradient and no [N, M]
+tensor.
 
-Forward and backward are written out over one sparse code. AuxK is a second batch of rows of that code: token n's dead
-latents stand in row N + n, with an error of their own. So one transpose and one pass over the active rows of each matrix
-serve both.
+Forward and backward are written out over one sparse code. AuxK is a second batch of rows of that code: token
+n's dead latents stand in row N + n, with an error of their own. So one transpose and one pass over the active
+rows of each matrix serve both.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def train_step(
     """Take one optimizer step on the batch ``x`` [..., d_in].
 
     Equal to ``training_forward(x, target).loss.backward()``, ``constrain_gradients_()``, ``opt.step()`` and
-    ``constrain_weights_()`` in ``train()`` mode, to rounding. A batch that holds, or leads to, NaN or Inf changes no
-    weight, state or counter.
+    ``constrain_weights_()`` in ``train()`` mode, to rounding. A batch that holds, or leads to, NaN or Inf
+    changes no weight, state or counter.
 
     Args:
         sae: the dictionary, whose counters and thresholds move with it.
@@ -41,7 +42,8 @@ def train_step(
         scale: multipliers of loss terms by name, for schedules, e.g. {"decoder_norm_l1": 0.3}.
 
     Returns:
-        0-dim tensors: loss; each loss term by name, scaled; fvu; l0; n_dead; skipped (1 for a batch with NaN or Inf).
+        0-dim tensors: loss; each loss term by name, scaled; fvu; l0; n_dead; skipped (1 for a batch with NaN
+        or Inf).
     """
     check_type("opt", opt, RowAdam, "a RowAdam (other optimizers take the ordinary loop)")
     multipliers = _multipliers(sae, scale)
@@ -57,7 +59,9 @@ def train_step(
         sae.train(was_training)
 
 
-def _step(sae: SAE, opt: RowAdam, x: Tensor, target: Tensor | None, scale: dict[str, float]) -> dict[str, Tensor]:
+def _step(
+    sae: SAE, opt: RowAdam, x: Tensor, target: Tensor | None, scale: dict[str, float]
+) -> dict[str, Tensor]:
     config, backend = sae.config, resolve(sae.backend)
     sae.estimate_norm_scale_(x)
     code = sae.encode_sparse(x)
@@ -118,7 +122,9 @@ def _step(sae: SAE, opt: RowAdam, x: Tensor, target: Tensor | None, scale: dict[
         if l1 is not None:
             in_main = (torch.arange(len(x), device=x.device) < n).to(grad.dtype)[:, None]
             total = _ops.row_grads(coefs, in_main, starts[lo : hi + 1], tokens, backend)
-            grad += l1 * total * torch.nn.functional.normalize(losses.upcast(sae.W_dec[latents[lo:hi]]), dim=1)
+            grad += (
+                l1 * total * torch.nn.functional.normalize(losses.upcast(sae.W_dec[latents[lo:hi]]), dim=1)
+            )
         return grad
 
     opt.begin_step_()
@@ -152,4 +158,7 @@ def _multipliers(sae: SAE, scale: dict[str, float] | None) -> dict[str, float]:
 def _skipped(sae: SAE, x: Tensor) -> dict[str, Tensor]:
     nan = torch.tensor(torch.nan, device=x.device)
     names = ["loss", "reconstruction", *(term.name for term in sae.config.losses), "fvu", "l0"]
-    return dict.fromkeys(names, nan) | {"n_dead": torch.tensor(len(sae.dead_latents())), "skipped": torch.tensor(1)}
+    return dict.fromkeys(names, nan) | {
+        "n_dead": torch.tensor(len(sae.dead_latents())),
+        "skipped": torch.tensor(1),
+    }

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -49,7 +48,8 @@ class TrainConfig:
         lr, betas, eps, mode, state_dtype: of :class:`fastsae.optim.RowAdam`.
         warmup: share of the run over which the learning rate rises linearly from 0.
         decay: share of the run, at its end, over which it falls linearly to 0.
-        sparsity_warmup: share of the run over which sparsity coefficients (DecoderNormL1) rise linearly from 0.
+        sparsity_warmup: share of the run over which sparsity coefficients (DecoderNormL1) rise linearly from
+        0.
         on_nan: "skip" leaves a batch with NaN or Inf out and counts it; "stop" ends the run with an error.
         log_every, checkpoint_every: in steps; None for checkpoints writes only the last one.
         keep_checkpoints: how many of the newest to keep.
@@ -94,8 +94,9 @@ class Trainer:
 
     Args:
         sae: the dictionary; calibrated already where it should be (:meth:`fastsae.SAE.calibrate_`).
-        activations: any iterable of [n, d_in] tensors or of (x, target) pairs. Where it has ``state_dict`` and
-            ``load_state_dict``, a resumed run continues it there; otherwise the batches already used are skipped.
+        activations: any iterable of [n, d_in] tensors or of (x, target) pairs. Where it has ``state_dict``
+            and ``load_state_dict``, a resumed run continues it there; otherwise the batches already used are
+            skipped.
         config: see :class:`TrainConfig`.
     """
 
@@ -103,14 +104,14 @@ class Trainer:
         config = TrainConfig() if config is None else config
         self.sae, self.activations, self.config = sae, activations, config
         self.n_steps = _total_steps(activations, config)
-        self.opt = RowAdam(sae, config.lr, config.betas, config.eps, config.mode, config.state_dtype, sae.backend)
+        self.opt = RowAdam(
+            sae, config.lr, config.betas, config.eps, config.mode, config.state_dtype, sae.backend
+        )
         self.step = self.skipped = 0
         self.seconds = 0.0
         self.stopped = self._opened = False
         self._signal: int | None = None
         self._next_line = 0
-
-    # -- the run -----------------------------------------------------------------------------------------------------
 
     def open(self, *, resume: bool = False) -> None:
         """Make ready ``config.out``; :meth:`fit` does it where it hasn't been done.
@@ -119,7 +120,8 @@ class Trainer:
             resume: continue from the newest checkpoint, bit for bit as if never stopped; none starts anew.
 
         Raises:
-            ValueError: ``config.out`` already holds a run and ``resume`` isn't set, or its checkpoint doesn't fit.
+            ValueError: ``config.out`` already holds a run and ``resume`` isn't set, or its checkpoint doesn't
+            fit.
         """
         self._opened = True
         if self.config.out is None:
@@ -133,7 +135,8 @@ class Trainer:
             self.load_checkpoint(found)
 
     def fit(self, *, resume: bool = False) -> dict[str, Any]:
-        """Run to the end, or to SIGINT or SIGTERM, which finish the step, write a checkpoint and set ``stopped``.
+        """Run to the end, or to SIGINT or SIGTERM, which finish the step, write a checkpoint and set
+        ``stopped``.
 
         With ``config.out`` the run directory gets log.jsonl, checkpoints/ and at the end config.json and
         model.safetensors (with the coasts of RowAdam's idle rows paid; the checkpoint keeps them pending).
@@ -151,9 +154,11 @@ class Trainer:
         if not self._opened:
             self.open(resume=resume)
         out = None if self.config.out is None else Path(self.config.out)
-        log = None if out is None else RunLog(
-            out, self.step, tensorboard=self.config.tensorboard, wandb=self.config.wandb
-        )  # fmt: skip
+        log = (
+            None
+            if out is None
+            else RunLog(out, self.step, tensorboard=self.config.tensorboard, wandb=self.config.wandb)
+        )
         row = (read_log(out / "log.jsonl") or [{}])[-1] if out is not None else {}
         # a bar on a terminal; elsewhere a line now and then
         disable = None if self.config.progress else True
@@ -205,7 +210,12 @@ class Trainer:
                 yield self._row(metrics, tokens / (now - start))
                 self.seconds += now - start
                 start, since = time.perf_counter(), self.step
-            if config.out and config.checkpoint_every and self.step % config.checkpoint_every == 0 and not last:
+            if (
+                config.out
+                and config.checkpoint_every
+                and self.step % config.checkpoint_every == 0
+                and not last
+            ):
                 self.save_checkpoint()
 
     def _skip(self) -> None:
@@ -213,7 +223,9 @@ class Trainer:
         if self.config.on_nan == "stop":
             if self.config.out:
                 self.save_checkpoint()
-            raise NotFinite(f"activations: got NaN or Inf in the batch of step {self.step}, expected finite numbers")
+            raise NotFinite(
+                f"activations: got NaN or Inf in the batch of step {self.step}, expected finite numbers"
+            )
 
     def _row(self, metrics: dict[str, Tensor], speed: float) -> dict[str, Any]:
         numbers = {name: t.item() for name, t in metrics.items() if name not in ("n_dead", "skipped")}
@@ -228,7 +240,7 @@ class Trainer:
         }
 
     def _lr(self) -> float:
-        """The rate of the step about to be taken: linear warm-up, plateau, linear decay to 0 after the last step."""
+        """The rate of the next step: linear warm-up, plateau, linear decay towards 0."""
         done, total = self.step, self.n_steps
         rise = (done + 1) / max(1, round(self.config.warmup * total))
         fall = (total - done) / max(1, round(self.config.decay * total))
@@ -236,8 +248,6 @@ class Trainer:
 
     def _request_stop(self, number: int) -> None:
         self._signal = number
-
-    # -- data and state ----------------------------------------------------------------------------------------------
 
     def _batches(self) -> Iterator:
         stateful = hasattr(self.activations, "load_state_dict")
@@ -264,12 +274,16 @@ class Trainer:
         return save_checkpoint(folder, self.step, tree, self.config.keep_checkpoints)
 
     def load_checkpoint(self, path: Path) -> None:
-        """Restore what :meth:`save_checkpoint` wrote. Raises ValueError if it is of another dictionary or length."""
+        """Restore :meth:`save_checkpoint`'s; ValueError if it is of another dictionary or length."""
         tree = load_checkpoint(path)
         if tree["config"] != _plain(self.sae.config.to_dict()):
-            reject("resume", f"a checkpoint of {tree['config']}", f"one of {_plain(self.sae.config.to_dict())}")
+            reject(
+                "resume", f"a checkpoint of {tree['config']}", f"one of {_plain(self.sae.config.to_dict())}"
+            )
         if tree["n_steps"] != self.n_steps:
-            reject("resume", f"a checkpoint of a run of {tree['n_steps']} steps", f"one of {self.n_steps} steps")
+            reject(
+                "resume", f"a checkpoint of a run of {tree['n_steps']} steps", f"one of {self.n_steps} steps"
+            )
         self.sae.load_state_dict(tree["sae"])
         self.opt.load_state_dict(tree["optimizer"])
         if hasattr(self.activations, "load_state_dict"):
@@ -279,9 +293,7 @@ class Trainer:
 
 
 def _summary(row: dict[str, Any]) -> str:
-    numbers = (
-        "NaN batch skipped" if row["fvu"] is None else f"FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}"
-    )
+    numbers = "NaN batch skipped" if row["fvu"] is None else f"FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}"
     return f"{row['tokens_per_s']:,.0f} tok/s, {numbers}, dead {row['dead_share']:.1%}"
 
 

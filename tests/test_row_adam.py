@@ -81,8 +81,7 @@ def test_dense_is_adam(backend, betas):
     run(torch.optim.Adam(theirs, 0.01, betas), theirs, range(1, 301), schedule=schedule)
     for a, b, start in zip(ours, theirs, parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-        moved = (b - start).abs() > 0.01
-        assert moved[: len(EVERY) - 1].all() if a.ndim == 2 else moved.any()
+        assert (b - start).abs().max() > 0.05
 
 
 def test_dense_is_adam_in_fp32(backend):
@@ -99,8 +98,12 @@ def test_dense_is_adam_in_fp32(backend):
     "betas", [(0.9, 0.999), (0.95, 0.9), (0.99, 0.9801)], ids=["", "b1 > sqrt b2", "b1 = sqrt b2"]
 )
 @pytest.mark.parametrize("steps", [7, 100, 650])
-def test_deferred_and_flushed_is_adam(backend, betas, steps):
-    """Also after more steps than one table of learning rates holds, and for a row idle for all of them but one."""
+@pytest.mark.parametrize(("eps", "share"), [(1e-20, 1e-12), (1e-8, 1e-3)])
+def test_deferred_and_flushed_is_adam(backend, betas, steps, eps, share):
+    """To a share of the distance travelled, which only eps keeps from 0: Adam's v decays towards it.
+
+    Also over more steps than one table of learning rates holds.
+    """
     ours, theirs = parameters(), parameters()
     path = [torch.zeros_like(p) for p in theirs]
     last = copies(theirs)
@@ -110,15 +113,21 @@ def test_deferred_and_flushed_is_adam(backend, betas, steps):
             length += (p.detach() - before).abs()
             before.copy_(p.detach())
 
-    optimizer = RowAdam(ours, 0.01, betas, mode="deferred", backend=backend)
+    optimizer = RowAdam(ours, 0.01, betas, eps, mode="deferred", backend=backend)
     run(optimizer, ours, range(1, steps + 1), schedule=schedule)
-    run(torch.optim.Adam(theirs, 0.01, betas), theirs, range(1, steps + 1), schedule=schedule, each=measure)
+    run(
+        torch.optim.Adam(theirs, 0.01, betas, eps),
+        theirs,
+        range(1, steps + 1),
+        schedule=schedule,
+        each=measure,
+    )
     idle = optimizer.row_steps(ours[0])
     assert idle.tolist() == [steps // every * every for every in EVERY] + [0]
     optimizer.flush_()
     assert (optimizer.row_steps(ours[0]) == steps).all()
     for a, b, length, start in zip(ours, theirs, path, parameters(), strict=True):
-        assert ((a - b).abs() <= 1e-5 * length).all()
+        assert ((a - b).abs() <= share * length).all()
         if a.ndim == 2:
             assert_same(a[-1], start[-1])
         else:
@@ -210,7 +219,8 @@ def test_a_checkpoint_continues_to_the_bit(mode, dtype):
     if mode == "deferred":
         assert again.row_steps(resumed[0]).tolist() == [300 // every * every for every in EVERY] + [0]
     run(again, resumed, range(301, 341), schedule=schedule)
-    optimizer.flush_(), again.flush_()  # noqa: B018
+    for both in (optimizer, again):
+        both.flush_()
     for a, b in zip(whole, resumed, strict=True):
         assert_same(a, b)
         for name, t in optimizer.state[a].items():

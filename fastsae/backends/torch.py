@@ -9,6 +9,8 @@ that passes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as nnf
@@ -105,38 +107,47 @@ def _encode_topk(x: Tensor, W: Tensor, b: Tensor | None, k: int) -> tuple[Tensor
     # the first block must hold k columns, and 2k groups make a sharp first threshold
     width = max(_block_width(n), -(-k // GROUP) * GROUP)
     group = max(g for g in (1, 2, 4, 8, 16, GROUP) if g == 1 or min(width, m) // g >= 2 * k)
-    tau, next_cut = None, 1
+    tau: Tensor | None = None
+    next_cut = 1
+
+    def threshold(maxima: Tensor) -> Tensor:
+        # k groups reach the k-th largest maximum, so at least k scores do
+        return maxima.topk(k, dim=1).values[:, -1:] if tau is None else tau
+
     for number, lo in enumerate(range(0, m, width), start=1):
         hi = min(lo + width, m)
         scores = _scores(x, W[lo:hi], None if b is None else b[lo:hi])
-        best.append(*_candidates(scores, lo, group, tau, k))
+        # >: a later column loses a tie
+        rows, columns, values = _candidates(scores, group, threshold, torch.ge if tau is None else torch.gt)
+        best.append(rows, (columns + lo).int(), values)
         if number == next_cut or best.values.shape[1] > 4 * k + 64 or hi == m:
             tau, next_cut = best.tighten(), 2 * number
     return best.values, best.columns
 
 
 def _candidates(
-    scores: Tensor, lo: int, group: int, tau: Tensor | None, k: int
+    scores: Tensor, group: int, threshold: Callable[[Tensor], Tensor], passes: Callable[..., Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, columns, values of the scores above ``tau``; with no tau, of a superset of the k best."""
+    """Rows, columns and values of the scores that pass, by row, then column.
+
+    ``threshold`` makes [N, 1] or a scalar of the groups' maxima [N, groups]; ``passes(score, threshold)``.
+    """
     n, width = scores.shape
-    if width % group:
-        scores = nnf.pad(scores, (0, group - width % group), value=-torch.inf)
+    padding = -width % group
+    if padding:
+        scores = nnf.pad(scores, (0, padding), value=-torch.inf)
     stride = scores.shape[1] // group
     grouped = scores.view(n, group, stride)  # group g holds the columns g, g + stride, g + 2 * stride, ...
     maxima = _rank(grouped.amax(1))
-    first = tau is None
-    if tau is None:  # k groups reach the k-th largest maximum, so at least k scores do
-        tau = maxima.topk(k, dim=1).values[:, -1:]
-    rows, offset = (maxima >= tau if first else maxima > tau).nonzero(as_tuple=True)
+    tau = threshold(maxima)
+    rows, offset = passes(maxima, tau).nonzero(as_tuple=True)
     hits = grouped[rows, :, offset]  # [groups that may hold a candidate, group]
-    rank = _rank(hits)
-    hit, member = (rank >= tau[rows] if first else rank > tau[rows]).nonzero(as_tuple=True)
+    hit, member = passes(_rank(hits), tau.expand(n, 1)[rows]).nonzero(as_tuple=True)
     rows, columns, values = rows[hit], member * stride + offset[hit], hits[hit, member]
-    if scores.shape[1] > width:  # padding can pass where every score is -Inf
+    if padding:  # it passes where every score is -Inf
         rows, columns, values = (t[columns < width] for t in (rows, columns, values))
     order = (rows * width + columns).argsort()
-    return rows[order], (columns[order] + lo).int(), values[order]
+    return rows[order], columns[order], values[order]
 
 
 def _encode_batchtopk(x: Tensor, W: Tensor, b: Tensor | None, keep: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,19 +155,23 @@ def _encode_batchtopk(x: Tensor, W: Tensor, b: Tensor | None, keep: int) -> tupl
     n, m = x.shape[0], W.shape[0]
     rows = torch.empty(0, dtype=torch.int64, device=x.device)
     columns, values, tau = rows.clone(), x.new_empty(0), None
+
+    def threshold(maxima: Tensor) -> Tensor:
+        if tau is not None:
+            return tau
+        enough = maxima.numel() >= keep
+        return maxima.flatten().topk(keep).values[-1] if enough else maxima.new_tensor(-torch.inf)
+
     for tokens in range(0, n, MAX_TOKENS):
         part = x[tokens : tokens + MAX_TOKENS]
         width = _block_width(part.shape[0])
         for lo in range(0, m, width):
             scores = _scores(part, W[lo : lo + width], None if b is None else b[lo : lo + width])
-            # >=: a later entry equal to tau may have the lower place n * M + m
-            new_rows, new_columns = (
-                torch.ones_like(scores, dtype=torch.bool) if tau is None else _rank(scores) >= tau
-            ).nonzero(as_tuple=True)
-            rows = torch.cat([rows, new_rows + tokens])
-            columns = torch.cat([columns, new_columns + lo])
-            values = torch.cat([values, scores[new_rows, new_columns]])
-            if len(values) > 2 * keep or (tau is None and len(values) > keep):
+            # >=: a later entry equal to the last one kept may have the lower place n * M + m
+            found = _candidates(scores, min(GROUP, scores.shape[1]), threshold, torch.ge)
+            rows = torch.cat([rows, found[0] + tokens])
+            columns, values = torch.cat([columns, found[1] + lo]), torch.cat([values, found[2]])
+            if len(values) > (keep if tau is None else 2 * keep):
                 rows, columns, values, tau = _cut(rows, columns, values, keep, m)
     rows, columns, values, _ = _cut(rows, columns, values, keep, m)
     order = (rows * m + columns).argsort()

@@ -247,14 +247,15 @@ def _check_grad(grad: Tensor) -> None:
 def _touched(grad: Tensor, dense: bool) -> tuple[Tensor | None, Tensor]:
     """The rows a gradient touches, ascending, and their gradients; rows None where all are meant."""
     if dense:
-        return None, (grad.to_dense() if grad.is_sparse else grad).reshape(-1, *grad.shape[1:])
-    if not grad.is_sparse:
-        rows = grad.flatten(1).ne(0).any(1).nonzero().flatten() if grad.ndim > 1 else grad.nonzero().flatten()
-        return rows, grad[rows]
-    grad = grad.coalesce()
-    rows, values = grad.indices()[0], grad.values()
-    live = values.reshape(len(values), -1).ne(0).any(1)
-    return (rows, values) if live.all() else (rows[live], values[live])
+        grad = grad.to_dense()
+        return None, grad.reshape(grad.shape or 1)
+    if grad.is_sparse:
+        grad = grad.coalesce()
+        rows, values = grad.indices()[0], grad.values()
+    else:
+        rows, values = torch.arange(len(grad), device=grad.device), grad
+    live = values[..., None].flatten(1).ne(0).any(1).nonzero().flatten()
+    return rows[live], values[live]
 
 
 def _extend_coast(coast: Tensor, step: int, lr: float, beta1: float, beta2: float) -> Tensor:

@@ -9,7 +9,7 @@ from fastsae import functional as F
 from fastsae.code import SparseCode
 from fastsae.config import AuxK, TopK
 
-__all__ = ["auxk", "decoder_norm_l1", "error_scale", "reconstruction", "upcast"]
+__all__ = ["auxk", "decoder_norm_l1", "error_scale", "reconstruction", "row_norms", "upcast"]
 
 
 def upcast(t: Tensor) -> Tensor:
@@ -28,6 +28,11 @@ def error_scale(target: Tensor, kind: str) -> Tensor:
         return target.new_tensor(1 / max(target.shape[0], 1))
     variance = (target - target.mean(0)).square().sum()
     return torch.where(variance > 0, 1 / variance, 0)
+
+
+def row_norms(W: Tensor) -> Tensor:
+    """||W[m]||, [M]."""
+    return torch.linalg.vector_norm(W, dim=1, dtype=torch.promote_types(W.dtype, torch.float32))
 
 
 def reconstruction(x_hat: Tensor, target: Tensor, kind: str) -> Tensor:
@@ -63,5 +68,5 @@ def auxk(
 def decoder_norm_l1(code: SparseCode, W_dec: Tensor, coefficient: float) -> Tensor:
     """coefficient * mean_n sum_i f_i ||W_dec[i]||, 0-dim. See :class:`fastsae.DecoderNormL1`."""
     stored = code.rows() < code.n_tokens
-    norms = torch.linalg.vector_norm(upcast(W_dec), dim=1)[code.indices[stored].long()]
+    norms = row_norms(W_dec)[code.indices[stored].long()]
     return coefficient * (upcast(code.values)[stored] * norms).sum() / max(code.n_tokens, 1)

@@ -184,6 +184,7 @@ class SAE(nn.Module):
         normalisation that is still unset is estimated from ``x`` (see :meth:`calibrate_`, which takes a
         better sample).
         """
+        self.check_batch(x, target)
         if self.training:
             self.estimate_norm_scale_(x)
         code = self.encode_sparse(x)
@@ -216,15 +217,21 @@ class SAE(nn.Module):
         x, mean, scale = self._normalise(x)
         return x - self.b_dec if self.config.subtract_b_dec else x, mean, scale
 
-    def normalise_target(self, x: Tensor, target: Tensor | None, code: SparseCode) -> Tensor:
-        """The target in the space of the loss, under x's own normalisation."""
+    def check_batch(self, x: Tensor, target: Tensor | None) -> None:
+        """Raise unless ``x`` can be encoded and ``target`` be what its reconstruction is compared with."""
+        F.check_input("x", x, self.W_enc)
         if target is None:
             if self.config.d_out != self.config.d_in:
                 reject("target", None, f"a tensor [..., {self.config.d_out}], since d_out differs from d_in")
-            return self._normalise(x)[0]
+            return
         F.check_input("target", target, self.W_dec)
         if target.shape[:-1] != x.shape[:-1]:
             reject("target", f"shape {tuple(target.shape)}", f"{(*x.shape[:-1], self.config.d_out)}, as x")
+
+    def normalise_target(self, x: Tensor, target: Tensor | None, code: SparseCode) -> Tensor:
+        """The target in the space of the loss, under x's own normalisation."""
+        if target is None:
+            return self._normalise(x)[0]
         if self.config.normalization == "scalar":
             return (target * self.norm_scale).to(target.dtype)
         if code.mean is None or code.scale is None:

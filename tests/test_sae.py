@@ -843,6 +843,17 @@ def test_refused(use, error, message):
         use(sae)
 
 
+@pytest.mark.parametrize(
+    "target", [None, torch.ones(N, D), torch.ones(N + 1, 4)], ids=["none", "wide", "long"]
+)
+def test_a_refused_target_counts_nothing(target):
+    sae = SAE(SAEConfig(D, M, BatchTopK(3), d_out=4, normalization="scalar"))
+    before = state(sae)
+    with pytest.raises(ValueError, match="target: got"):
+        sae.training_forward(data(N, D), target)
+    assert_state(sae, before)
+
+
 def test_a_transcoder_asks_for_a_target_and_layer_norm_for_a_sparse_code():
     with pytest.raises(ValueError, match=r"target: got None, expected a tensor \[\.\.\., 4\]"):
         make(ReLU(), d_out=4).training_forward(data(N, D))

@@ -174,6 +174,19 @@ def test_nan_can_stop_the_run_and_loses_nothing(tmp_path, x):
     assert latest_checkpoint(tmp_path / "checkpoints").name == "step-000000008"
 
 
+def test_batches_may_be_pairs_or_dicts_by_hook(tmp_path, x):
+    torch.manual_seed(0)
+    plain = make(None, x, batches=list(x.split(32)))
+    pairs = make(None, x, batches=[(b, b) for b in x.split(32)])
+    hooks = make(None, x, batches=[{"a": b * 2, "b": b} for b in x.split(32)], hook="b")
+    for trainer in (plain, pairs, hooks):
+        trainer.fit()
+    assert same_weights(plain.sae, pairs.sae)
+    assert same_weights(plain.sae, hooks.sae)
+    with pytest.raises(ValueError, match=r"hook: got None, expected one of the batches' \['a', 'b'\]"):
+        make(None, x, batches=hooks.activations).fit()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -70,7 +70,11 @@ def load_model(model: str | Path) -> tuple[nn.Module, Any]:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    from transformers.utils import logging
+
     local = {"local_files_only": Path(folder).is_dir()}
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # one for every load of a few seconds is noise between ours
     try:
         config = AutoConfig.from_pretrained(folder, **local)
         causal = set(config.architectures or ()) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -79,6 +83,9 @@ def load_model(model: str | Path) -> tuple[nn.Module, Any]:
     except Exception as error:  # a network, a hub and foreign code stand behind these calls
         reason = " ".join(str(error).split())[:300]
         raise FastSAEError(f"model: {str(model)!r} can't be loaded by transformers ({reason})") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     return loaded.eval(), tokenizer
 
 

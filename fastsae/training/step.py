@@ -45,8 +45,9 @@ def train_step(
         0-dim tensors: loss; each loss term by name, scaled; fvu; l0; n_dead; skipped (1 for a batch with NaN
         or Inf).
     """
-    check_type("opt", opt, RowAdam, "a RowAdam (other optimizers take the ordinary loop)")
+    _check_optimizer(sae, opt)
     multipliers = _multipliers(sae, scale)
+    sae.check_batch(x, target)
     if x.numel() == 0:
         reject("x", f"shape {tuple(x.shape)}", "at least one token")
     if not (x.isfinite().all() and (target is None or target.isfinite().all())):
@@ -63,6 +64,7 @@ def _step(
     sae: SAE, opt: RowAdam, x: Tensor, target: Tensor | None, scale: dict[str, float]
 ) -> dict[str, Tensor]:
     config, backend = sae.config, resolve(sae.backend)
+    counters = {name: t.clone() for name, t in sae.named_buffers()}
     sae.estimate_norm_scale_(x)
     code = sae.encode_sparse(x)
     target = losses.upcast(sae.normalise_target(x, target, code)).reshape(-1, config.d_out)
@@ -75,7 +77,7 @@ def _step(
     squares = error.square().sum()
     terms = {"reconstruction": scale["reconstruction"] * weight * squares}
     if not terms["reconstruction"].isfinite():
-        return _skipped(sae, x)
+        return _skipped(sae, x, counters)
     sae.count_firing_(code)
     dead, l1 = sae.dead_latents(), None
     grad_y = 2 * scale["reconstruction"] * weight * error
@@ -101,7 +103,7 @@ def _step(
     grad_values = _ops.code_grad(grad_y, sae.W_dec, indices, offsets, backend)
     if l1 is not None:
         main = len(code.values)
-        norms = torch.linalg.vector_norm(losses.upcast(sae.W_dec), dim=1)
+        norms = losses.row_norms(sae.W_dec)
         grad_values[:main] += l1 * norms[indices[:main].long()]
     grad_pre = torch.where(values > 0, grad_values, 0)
 
@@ -113,6 +115,12 @@ def _step(
     if config.subtract_b_dec:
         whole = torch.tensor([0, active], device=x.device)
         grad_b_dec -= _ops.decode(grad_b_enc.flatten(), latents.int(), whole, sae.W_enc, None, backend)[0]
+
+    # Adam squares gradients, and a moment that overflowed would never recover: no real batch comes near
+    sums = coefs.abs().sum(), grad_pre.abs().sum()
+    bounds = [sums[0] * (grad_y.abs().max() + (l1 or 0)), sums[1] * (x.abs().max() + 1), grad_b_dec.abs().max()]
+    if not (torch.stack(bounds).square().isfinite().all() and torch.stack([*terms.values()]).isfinite().all()):
+        return _skipped(sae, x, counters)
 
     def grad_W_enc(lo: int, hi: int) -> Tensor:
         return _ops.row_grads(grad_pre, x, starts[lo : hi + 1], tokens, backend)
@@ -128,10 +136,14 @@ def _step(
         return grad
 
     opt.begin_step_()
-    opt.update_rows_(sae.W_enc, latents, grad_W_enc)
-    opt.update_rows_(sae.b_enc, latents, lambda lo, hi: grad_b_enc[lo:hi, 0])
-    opt.update_rows_(sae.W_dec, latents, grad_W_dec)
-    opt.update_rows_(sae.b_dec, None, lambda lo, hi: grad_b_dec[lo:hi])
+    for param, rows, grad in (
+        (sae.W_enc, latents, grad_W_enc),
+        (sae.b_enc, latents, lambda lo, hi: grad_b_enc[lo:hi, 0]),
+        (sae.W_dec, latents, grad_W_dec),
+        (sae.b_dec, None, lambda lo, hi: grad_b_dec[lo:hi]),
+    ):
+        if param.requires_grad:
+            opt.update_rows_(param, rows, grad)
     opt.end_step_()
 
     variance = (target - target.mean(0)).square().sum()
@@ -145,6 +157,16 @@ def _step(
     }
 
 
+def _check_optimizer(sae: SAE, opt: RowAdam) -> None:
+    check_type("opt", opt, RowAdam, "a RowAdam (other optimizers take the ordinary loop)")
+    groups = {id(p): group for group in opt.param_groups for p in group["params"]}
+    learning = {id(p) for p in sae.parameters() if p.requires_grad}
+    if not learning <= groups.keys():
+        reject("opt", "one that lacks parameters of sae", "RowAdam(sae)")
+    if id(sae.W_dec) in learning and groups[id(sae.W_dec)]["unit_norm"] != sae.config.unit_norm_decoder:
+        reject("opt", "one that doesn't know of the unit-norm decoder", "RowAdam(sae)")
+
+
 def _multipliers(sae: SAE, scale: dict[str, float] | None) -> dict[str, float]:
     multipliers = {"reconstruction": 1.0} | {term.name: 1.0 for term in sae.config.losses}
     for name, value in (scale or {}).items():
@@ -155,7 +177,10 @@ def _multipliers(sae: SAE, scale: dict[str, float] | None) -> dict[str, float]:
     return multipliers
 
 
-def _skipped(sae: SAE, x: Tensor) -> dict[str, Tensor]:
+def _skipped(sae: SAE, x: Tensor, counters: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    for name, buffer in sae.named_buffers():
+        if counters:
+            buffer.copy_(counters[name])
     nan = torch.tensor(torch.nan, device=x.device)
     names = ["loss", "reconstruction", *(term.name for term in sae.config.losses), "fvu", "l0"]
     return dict.fromkeys(names, nan) | {

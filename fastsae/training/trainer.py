@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastsae.checks import FastSAEError, check_choice, check_number, reject
+from fastsae.data import Activations
 from fastsae.optim import RowAdam
 from fastsae.sae import SAE
 from fastsae.training.checkpoint import (
@@ -44,6 +45,7 @@ class TrainConfig:
 
     Args:
         out: run directory, see ``Trainer.fit``; None writes nothing.
+        hook: which entry of the batches to train on, where they are dicts by hook.
         n_steps: optimizer steps in all; None takes ``len(activations)``.
         lr, betas, eps, mode, state_dtype: of :class:`fastsae.optim.RowAdam`.
         warmup: share of the run over which the learning rate rises linearly from 0.
@@ -61,6 +63,7 @@ class TrainConfig:
     """
 
     out: str | Path | None = None
+    hook: str | None = None
     n_steps: int | None = None
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.999)
@@ -94,9 +97,9 @@ class Trainer:
 
     Args:
         sae: the dictionary; calibrated already where it should be (:meth:`fastsae.SAE.calibrate_`).
-        activations: any iterable of [n, d_in] tensors or of (x, target) pairs. Where it has ``state_dict``
-            and ``load_state_dict``, a resumed run continues it there; otherwise the batches already used are
-            skipped.
+        activations: any iterable of [n, d_in] tensors, of (x, target) pairs, or of dicts of tensors by hook.
+            Where it has ``state_dict`` and ``load_state_dict``, a resumed run continues it there; otherwise
+            the batches already used are skipped.
         config: see :class:`TrainConfig`.
     """
 
@@ -154,12 +157,10 @@ class Trainer:
         if not self._opened:
             self.open(resume=resume)
         out = None if self.config.out is None else Path(self.config.out)
-        log = (
-            None
-            if out is None
-            else RunLog(out, self.step, tensorboard=self.config.tensorboard, wandb=self.config.wandb)
-        )
-        row = (read_log(out / "log.jsonl") or [{}])[-1] if out is not None else {}
+        log, row = None, {}
+        if out is not None:
+            log = RunLog(out, self.step, tensorboard=self.config.tensorboard, wandb=self.config.wandb)
+            row = (read_log(log.path) or [{}])[-1]
         # a bar on a terminal; elsewhere a line now and then
         disable = None if self.config.progress else True
         bar = tqdm(total=self.n_steps, initial=self.step, unit="step", desc="train", disable=disable)
@@ -190,14 +191,11 @@ class Trainer:
             batch = next(batches, None)
             if batch is None:
                 break
-            x, target = batch if isinstance(batch, tuple | list) else (batch, None)
+            x, target = self._unpack(batch)
             for group in self.opt.param_groups:
                 group["lr"] = self._lr()
             rise = min(1.0, (self.step + 1) / max(1, round(config.sparsity_warmup * self.n_steps)))
             scale = {term.name: rise for term in self.sae.config.losses if term.name in _SPARSITY_TERMS}
-            device = self.sae.W_enc.device
-            x = x.to(device, self.sae.W_enc.dtype)
-            target = None if target is None else target.to(device, self.sae.W_enc.dtype)
             metrics = train_step(self.sae, self.opt, x, target, scale)
             self.step += 1
             self.stopped = self._signal is not None
@@ -210,13 +208,21 @@ class Trainer:
                 yield self._row(metrics, tokens / (now - start))
                 self.seconds += now - start
                 start, since = time.perf_counter(), self.step
-            if (
-                config.out
-                and config.checkpoint_every
-                and self.step % config.checkpoint_every == 0
-                and not last
-            ):
+            every = config.checkpoint_every if config.out else None
+            if every and self.step % every == 0 and not last:
                 self.save_checkpoint()
+
+    def _unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """Input and target of a batch, where and as the weights are."""
+        x, target = batch if isinstance(batch, tuple | list) else (batch, None)
+        x = x.x if isinstance(x, Activations) else x
+        if isinstance(x, dict):
+            if self.config.hook not in x:
+                reject("hook", repr(self.config.hook), f"one of the batches' {sorted(x)}")
+            x = x[self.config.hook]
+        weight = self.sae.W_enc
+        x = x.to(weight.device, weight.dtype)
+        return x, None if target is None else target.to(weight.device, weight.dtype)
 
     def _skip(self) -> None:
         self.skipped += 1

@@ -1,0 +1,498 @@
+"""train_step: the ordinary loop's result, without its tensors; batches it skips; what it learns."""
+
+import copy
+
+import pytest
+import torch
+
+from fastsae import SAE, AuxK, BatchTopK, DecoderNormL1, JumpReLU, ReLU, SAEConfig, TopK
+from fastsae.optim import RowAdam
+from fastsae.testing import Allocations, assert_repeatable, assert_same, poisoned_empty
+from fastsae.training import train_step
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+D, D_OUT, M, N = 6, 4, 30, 16
+ACTIVATIONS = [TopK(3), BatchTopK(3), JumpReLU(0.25), ReLU()]
+LOSSES = {
+    "reconstruction": (),
+    "AuxK": (AuxK(0.5, k_aux=4, dead_after=2 * N),),
+    "L1": (DecoderNormL1(0.3),),
+    "AuxK and L1": (AuxK(0.5, k_aux=4, dead_after=2 * N), DecoderNormL1(0.3)),
+}
+
+
+def batch(step, d=D, n=N):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(step), dtype=torch.float64) * 2 + 0.5
+
+
+def make(activation=TopK(3), losses=(), dtype=torch.float64, **options):  # noqa: B008
+    """An SAE unlike its initial self, five of whose latents never fire and so die."""
+    extra = {name: options.pop(name) for name in ("backend",) if name in options}
+    torch.manual_seed(0)
+    sae = SAE(SAEConfig(D, M, activation, losses=losses, **options), dtype=torch.float64, **extra)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+        sae.b_enc[::6] = -3
+    sae.constrain_weights_()
+    return sae.to(dtype)
+
+
+def ordinary_step(sae, optimizer, x, target=None, scale=None):
+    """What train_step fuses. RowAdam keeps unit lengths by itself."""
+    terms = sae.train().training_forward(x, target).losses
+    loss = sum((scale or {}).get(name, 1) * term for name, term in terms.items())
+    optimizer.zero_grad()
+    loss.backward()
+    if not isinstance(optimizer, RowAdam):
+        sae.constrain_gradients_()
+    optimizer.step()
+    if not isinstance(optimizer, RowAdam):
+        sae.constrain_weights_()
+    return loss.detach()
+
+
+def everything(sae, optimizer=None):
+    """Copies of all that a step may change, by name."""
+    leaves = {name: t.clone() for name, t in sae.state_dict().items()}
+    if optimizer is not None:
+        for i, leaf in enumerate(torch.utils._pytree.tree_leaves(optimizer.state_dict())):
+            leaves[f"optimizer {i}"] = leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+    return leaves
+
+
+def assert_unchanged(now, before):
+    assert now.keys() == before.keys()
+    for name, t in now.items():
+        if isinstance(t, torch.Tensor):
+            assert_same(t, before[name], name)
+        else:
+            assert t == before[name], name
+
+
+def assert_equal_sae(sae, expected, tolerance=1e-9):
+    for name, t in expected.state_dict().items():
+        if t.dtype == torch.float64:
+            torch.testing.assert_close(sae.state_dict()[name], t, rtol=tolerance, atol=tolerance)
+        elif t.dtype == torch.float32:  # thresholds and scales
+            torch.testing.assert_close(sae.state_dict()[name], t, rtol=1e-6, atol=0)
+        else:
+            assert_same(sae.state_dict()[name], t, name)
+
+
+def compare(mode, steps=6, target=False, scale=None, **options):
+    """Fused and ordinary steps from the same start; the ordinary optimizer of dense mode is torch's own."""
+    fused = make(**options)
+    ordinary = copy.deepcopy(fused)
+    ordinary.backend = "reference"
+    optimizer = RowAdam(fused, 0.01, mode=mode, backend=fused.backend)
+    other = (
+        torch.optim.Adam(ordinary.parameters(), 0.01)
+        if mode == "dense"
+        else RowAdam(ordinary, 0.01, mode=mode)
+    )
+    for step in range(steps):
+        x, y = batch(step), batch(100 + step, fused.config.d_out) if target else None
+        dead = len(ordinary.dead_latents())
+        loss = ordinary_step(ordinary, other, x, y, scale)
+        metrics = train_step(fused, optimizer, x, y, scale)
+        torch.testing.assert_close(metrics["loss"], loss, rtol=1e-9, atol=0)
+        assert_equal_sae(fused, ordinary)
+    if "AuxK" in str(fused.config.losses):
+        assert dead > 0
+    for group in (optimizer, other) if mode != "dense" else (optimizer,):
+        group.flush_()
+    assert_equal_sae(fused, ordinary)
+    return fused
+
+
+@pytest.mark.parametrize("losses", LOSSES)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("mode", ["dense", "lazy", "deferred"])
+def test_equals_the_ordinary_loop(backend, mode, activation, losses):
+    compare(mode, activation=activation, losses=LOSSES[losses], backend=backend)
+
+
+@pytest.mark.parametrize("normalization", ["none", "scalar", "layer_norm"])
+@pytest.mark.parametrize("target", [False, True], ids=["itself", "a target"])
+@pytest.mark.parametrize("reconstruction", ["fvu", "squared_error"])
+@pytest.mark.parametrize("activation", [TopK(3), ReLU()], ids=str)
+def test_equals_it_in_every_space(activation, reconstruction, target, normalization):
+    options = {"activation": activation, "losses": LOSSES["AuxK and L1"], "reconstruction": reconstruction}
+    compare("dense", target=target, normalization=normalization, d_out=D_OUT if target else None, **options)
+
+
+@pytest.mark.parametrize("subtract", [True, False])
+@pytest.mark.parametrize("unit_norm", [True, False])
+def test_equals_it_with_and_without_constraints(subtract, unit_norm):
+    options = {"subtract_b_dec": subtract, "unit_norm_decoder": unit_norm}
+    sae = compare("dense", losses=LOSSES["AuxK and L1"], **options)
+    lengths = sae.W_dec.norm(dim=1)
+    assert torch.allclose(lengths, torch.ones(M).double()) == unit_norm
+
+
+@pytest.mark.parametrize(
+    "scale", [{"decoder_norm_l1": 0.25}, {"auxk": 3, "reconstruction": 0.5}, {"auxk": 0}], ids=str
+)
+def test_scale_multiplies_loss_terms(scale):
+    compare("dense", losses=LOSSES["AuxK and L1"], scale=scale)
+
+
+@pytest.mark.parametrize("activation", [TopK(3), ReLU()], ids=str)
+def test_deferred_is_close_to_dense(activation):
+    """What idle rows still owe is read stale; nothing more is lost than that, far less than lazy loses."""
+    weights = {}
+    for mode in ("dense", "lazy", "deferred"):
+        sae = make(activation)
+        optimizer = RowAdam(sae, 1e-3, mode=mode)
+        for step in range(60):
+            train_step(sae, optimizer, batch(step, n=4))
+        optimizer.flush_()
+        weights[mode] = sae.W_dec.detach()
+    error = {mode: (w - weights["dense"]).norm().item() for mode, w in weights.items()}
+    assert error["deferred"] < 0.1 * error["lazy"]
+
+
+def test_deferred_differs_from_dense_by_the_square_of_the_learning_rate():
+    errors = []
+    for lr in (4e-4, 1e-4):
+        weights = []
+        for mode in ("dense", "deferred"):
+            sae = make(TopK(3))
+            optimizer = RowAdam(sae, lr, mode=mode)
+            for step in range(20):
+                train_step(sae, optimizer, batch(step))
+            optimizer.flush_()
+            weights.append(sae.W_dec.detach())
+        errors.append((weights[0] - weights[1]).norm().item())
+    assert errors[1] < errors[0] / 12  # a quarter of the rate: a sixteenth of the error, to higher orders
+
+
+def test_metrics():
+    sae = make(losses=LOSSES["AuxK and L1"])
+    for step in range(3):
+        train_step(sae, RowAdam(sae, 0.0), batch(step))
+    twin = copy.deepcopy(sae)
+    x = batch(3)
+    out = twin.training_forward(x)
+    metrics = train_step(sae, RowAdam(sae), x, scale={"auxk": 2})
+    assert list(metrics) == [
+        "loss", "reconstruction", "auxk", "decoder_norm_l1", "fvu", "l0", "n_dead", "skipped",
+    ]  # fmt: skip
+    assert all(isinstance(t, torch.Tensor) and t.ndim == 0 and not t.requires_grad for t in metrics.values())
+    expected = dict(out.losses)
+    expected["auxk"] = 2 * out.losses["auxk"]
+    expected |= {"loss": sum(expected.values()), "fvu": out.losses["reconstruction"]}
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name], value.detach(), rtol=1e-10, atol=0)
+    assert expected["auxk"] > 0
+    assert metrics["l0"] == out.code.l0().float().mean()
+    assert metrics["n_dead"] == len(twin.dead_latents()) > 0
+    assert metrics["skipped"] == 0
+
+
+def test_every_term_is_reported_where_nothing_is_dead():
+    sae = make(losses=(AuxK(),))
+    metrics = train_step(sae, RowAdam(sae), batch(0))
+    assert metrics["auxk"] == 0
+    assert metrics["n_dead"] == 0
+
+
+@pytest.mark.parametrize("leading", [(N,), (2, 8), (4, 1, 4)], ids=str)
+def test_any_leading_shape(leading):
+    sae, flat = (
+        make(losses=LOSSES["AuxK and L1"], d_out=D_OUT),
+        make(losses=LOSSES["AuxK and L1"], d_out=D_OUT),
+    )
+    for module, shape in ((sae, leading), (flat, (N,))):
+        train_step(module, RowAdam(module), batch(0).view(*shape, D), batch(1, D_OUT).view(*shape, D_OUT))
+    assert_unchanged(everything(sae), everything(flat))
+
+
+def test_the_mode_of_the_module_stays():
+    for training in (True, False):
+        sae = make(BatchTopK(3)).train(training)
+        train_step(sae, RowAdam(sae), batch(0))
+        assert sae.training is training
+        assert sae.threshold > 0
+        assert sae.tokens_seen == N
+        with pytest.raises(ValueError, match="x: got"):
+            train_step(sae, RowAdam(sae), batch(0)[:, 1:])
+        assert sae.training is training
+
+
+def test_gradients_are_neither_left_nor_read():
+    sae, twin = make(), make()
+    sae.W_enc.grad = torch.full_like(sae.W_enc, 1000.0)
+    for module in (sae, twin):
+        optimizer = RowAdam(module)
+        for step in range(3):
+            train_step(module, optimizer, batch(step))
+    assert_unchanged(everything(sae), everything(twin))
+    assert (sae.W_enc.grad == 1000).all()
+    assert all(p.grad is None for p in (sae.b_enc, sae.W_dec, sae.b_dec))
+
+
+def test_rows_that_are_only_padding_stay():
+    """Entries of value 0 have indices, but no gradient flows through them."""
+    sae = make(TopK(20))
+    with torch.no_grad():
+        sae.b_enc.fill_(-20)
+        sae.b_enc[:5] = 5
+    optimizer = RowAdam(sae, mode="lazy")
+    before = everything(sae)
+    train_step(sae, optimizer, batch(0))
+    for name in ("W_enc", "b_enc", "W_dec"):
+        assert optimizer.row_steps(getattr(sae, name)).tolist() == [1] * 5 + [0] * (M - 5)
+        assert_same(getattr(sae, name)[5:], before[name][5:])
+
+
+def test_a_frozen_parameter_stays():
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        sae = make()
+        getattr(sae, name).requires_grad_(False)
+        before = everything(sae)
+        train_step(sae, RowAdam(sae), batch(0))
+        for other, _ in sae.named_parameters():
+            assert torch.equal(getattr(sae, other), before[other]) == (other == name)
+
+
+# Skipped batches
+
+
+def spoilt(number):
+    def spoil(x):
+        x[3, 2] = number
+        return x
+
+    return spoil
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("normalization", ["none", "scalar"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        spoilt(torch.nan),
+        spoilt(torch.inf),
+        spoilt(-torch.inf),
+        lambda x: x * 1e30,  # squared errors overflow
+        lambda x: x * 1e14,  # squared gradients overflow in Adam's second moment
+    ],
+    ids=["NaN", "Inf", "-Inf", "1e30", "1e14"],
+)
+def test_a_batch_that_leads_to_nan_or_inf_changes_nothing(activation, normalization, spoil):
+    sae = make(
+        activation,
+        LOSSES["AuxK and L1"],
+        torch.float32,
+        normalization=normalization,
+        reconstruction="squared_error",
+    )
+    optimizer = RowAdam(sae, mode="deferred")
+    for step in range(3):
+        train_step(sae, optimizer, batch(step).float())
+    before = everything(sae, optimizer)
+    metrics = train_step(sae, optimizer, spoil(batch(4).float()))
+    assert_unchanged(everything(sae, optimizer), before)
+    assert metrics["skipped"] == 1
+    assert metrics["loss"].isnan()
+    assert metrics.keys() == train_step(sae, optimizer, batch(5).float()).keys()
+    assert all(p.isfinite().all() for p in sae.parameters())
+
+
+def test_a_first_batch_that_is_skipped_sets_no_scale():
+    sae = SAE(SAEConfig(D, M, ReLU(), normalization="scalar"))
+    optimizer = RowAdam(sae)
+    before = everything(sae, optimizer)
+    x = batch(0).float()
+    x[0, 0] = torch.nan
+    assert train_step(sae, optimizer, x)["skipped"] == 1
+    assert_unchanged(everything(sae, optimizer), before)
+
+
+def test_a_target_with_nan_is_skipped():
+    sae = make(d_out=D_OUT)
+    optimizer = RowAdam(sae)
+    before = everything(sae, optimizer)
+    assert train_step(sae, optimizer, batch(0), torch.full((N, D_OUT), torch.nan).double())["skipped"] == 1
+    assert_unchanged(everything(sae, optimizer), before)
+
+
+# Memory, determinism, dtypes
+
+
+@pytest.mark.parametrize("losses", LOSSES)
+@pytest.mark.parametrize("target", [False, True], ids=["itself", "a target"])
+@pytest.mark.parametrize("mode", ["lazy", "deferred", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_tensor_of_the_size_of_a_weight_or_of_the_scores(small_blocks, losses, target, mode, dtype):
+    """Most latents are dead, so that AuxK works on nearly all rows."""
+    n, d, m = 24, 16, 4000
+    torch.manual_seed(0)
+    sae = SAE(SAEConfig(d, m, TopK(3), losses=LOSSES[losses], d_out=12 if target else None), dtype=dtype)
+    optimizer = RowAdam(sae, mode=mode)
+    x, y = batch(0, d, n).to(dtype), batch(1, 12, n).to(dtype) if target else None
+    for _ in range(3):  # the first step makes the moments
+        train_step(sae, optimizer, x, y)
+    with Allocations() as made:
+        metrics = train_step(sae, optimizer, x, y)
+    if "AuxK" in losses:
+        assert metrics["n_dead"] > 0.9 * m
+    assert made.largest <= 2 * m < min(m * 12, n * m) / 5, made.made_by
+
+
+@pytest.mark.parametrize("mode", ["dense", "lazy", "deferred"])
+def test_two_runs_agree_to_the_bit(backend, two_threads, mode):
+    def run():
+        sae = make(losses=LOSSES["AuxK and L1"], dtype=torch.float32, backend=backend)
+        optimizer = RowAdam(sae, mode=mode, backend=backend)
+        for step in range(5):
+            train_step(sae, optimizer, batch(step).float())
+        return [t for t in everything(sae, optimizer).values() if isinstance(t, torch.Tensor)]
+
+    assert_repeatable(run)
+
+
+def test_no_place_is_left_unwritten(backend):
+    def run():
+        sae = make(losses=LOSSES["AuxK and L1"], backend=backend)
+        optimizer = RowAdam(sae)
+        for step in range(5):
+            train_step(sae, optimizer, batch(step))
+        return everything(sae)
+
+    expected = run()
+    with poisoned_empty():
+        assert_unchanged(run(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_half_precision_weights_learn(activation, dtype):
+    sae = make(activation, LOSSES["AuxK and L1"], dtype)
+    optimizer = RowAdam(sae, 0.01)
+    x = batch(0, n=64).to(dtype)
+    expected = copy.deepcopy(sae)(x, return_loss=True).loss
+    metrics = [train_step(sae, optimizer, x) for _ in range(40)]
+    torch.testing.assert_close(metrics[0]["loss"], expected.detach(), rtol=1e-5, atol=0)
+    assert metrics[-1]["reconstruction"] < 0.7 * metrics[0]["reconstruction"]
+    assert {p.dtype for p in sae.parameters()} == {dtype}
+    assert {t.dtype for t in optimizer.state[sae.W_enc].values()} == {torch.float32, torch.int32}
+    assert all(p.isfinite().all() for p in sae.parameters())
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"opt": torch.optim.Adam([torch.ones(1)])}, TypeError, "opt: got Adam, expected a RowAdam"),
+        (
+            {"opt": RowAdam([torch.nn.Parameter(torch.ones(2, 2))])},
+            ValueError,
+            "opt: got .*, expected RowAdam",
+        ),
+        ({"x": [[1.0] * D]}, TypeError, "x: got list, expected a tensor"),
+        ({"x": torch.ones(0, D).double()}, ValueError, r"x: got shape \(0, 6\), expected at least one token"),
+        ({"x": torch.ones(2, 5).double()}, ValueError, r"x: got shape \(2, 5\), expected \[\.\.\., 6\]"),
+        ({"x": torch.ones(2, D)}, ValueError, "x: got torch.float32, expected torch.float64"),
+        ({"x": torch.ones(2, D).int()}, ValueError, "x: got torch.int32, expected torch.float64"),
+        ({"target": [0.0]}, TypeError, "target: got list, expected a tensor"),
+        ({"target": torch.ones(2, D)}, ValueError, "target: got torch.float32, expected torch.float64"),
+        (
+            {"target": torch.ones(3, D).double()},
+            ValueError,
+            r"target: got shape \(3, 6\), expected \(16, 6\)",
+        ),
+        ({"scale": {"l1": 1}}, ValueError, "scale: got a multiplier of 'l1', expected names among"),
+        (
+            {"scale": {"auxk": 1}},
+            ValueError,
+            r"scale: got a multiplier of 'auxk', expected .*\['reconstruction'\]",
+        ),
+        ({"scale": {"reconstruction": -1}}, ValueError, r"scale\['reconstruction'\]: got -1, expected"),
+        ({"scale": {"reconstruction": "1"}}, TypeError, r"scale\['reconstruction'\]: got str, expected"),
+    ],
+)
+def test_refused_before_any_work(change, error, message):
+    sae = make(normalization="scalar")
+    optimizer = RowAdam(sae)
+    before = everything(sae, optimizer)
+    with pytest.raises(error, match=message):
+        train_step(**{"sae": sae, "opt": optimizer, "x": batch(0)} | change)
+    assert_unchanged(everything(sae, optimizer), before)
+
+
+def test_a_transcoder_asks_for_its_target_before_any_work():
+    sae = make(d_out=D_OUT, normalization="scalar")
+    optimizer = RowAdam(sae)
+    before = everything(sae, optimizer)
+    with pytest.raises(ValueError, match=r"target: got None, expected a tensor \[\.\.\., 4\]"):
+        train_step(sae, optimizer, batch(0))
+    assert_unchanged(everything(sae, optimizer), before)
+
+
+def test_an_optimizer_that_lets_a_unit_norm_decoder_go_is_refused():
+    sae = make()
+    with pytest.raises(ValueError, match=r"opt: got .*, expected RowAdam"):
+        train_step(sae, RowAdam(sae.parameters()), batch(0))
+    free = make(ReLU())
+    train_step(free, RowAdam(free.parameters()), batch(0))
+
+
+# What it learns
+
+
+def learn(activation, tied=True, steps=2000, lr=3e-3):
+    """Train on sparse sums of 128 known directions in 64 dimensions; return MMCS, share above .9, FVU."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.nn.functional.normalize(torch.randn(128, 64, generator=generator), dim=1)
+
+    def sample(n):
+        active = torch.rand(n, 128, generator=generator) < 3 / 128
+        x = (torch.rand(n, 128, generator=generator) + 0.5) * active @ truth
+        return x * 4.42  # E||x||^2 = 64
+
+    assert sample(10_000).square().sum(1).mean().item() == pytest.approx(64, rel=0.05)
+    torch.manual_seed(0)
+    sae = SAE(SAEConfig(64, 128, activation))
+    if not tied:
+        with torch.no_grad():
+            sae.W_enc.copy_(torch.nn.functional.normalize(torch.randn(128, 64), dim=1))
+    optimizer = RowAdam(sae, lr)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 100, (steps - step) / (0.2 * steps))
+        train_step(sae, optimizer, sample(512))
+    optimizer.flush_()
+    x = sample(8192)
+    with torch.no_grad():
+        error = (sae.eval()(x) - x).square().sum() / (x - x.mean(0)).square().sum()
+        best = (truth @ torch.nn.functional.normalize(sae.W_dec, dim=1).T).max(1).values
+    return best.mean().item(), best.gt(0.9).float().mean().item(), error.item()
+
+
+GATES = [
+    (TopK(3), 0.155),
+    pytest.param(BatchTopK(3), 0.055, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("activation", "most"), GATES, ids=["TopK", "BatchTopK"])
+def test_the_true_features_are_found(activation, most):
+    cosine, share, error = learn(activation)
+    assert cosine >= 0.99
+    assert share >= 0.97
+    assert error <= most
+
+
+@pytest.mark.parametrize(("activation", "most"), GATES, ids=["TopK", "BatchTopK"])
+def test_from_an_untied_start_they_are_not(activation, most):
+    """The control: what the gate above must be able to tell."""
+    cosine, share, error = learn(activation, tied=False)
+    assert cosine < 0.95
+    assert share < 0.9
+    assert error > most

@@ -39,7 +39,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(portable, "GROUP", 8)
     monkeypatch.setattr(portable, "BLOCK_ELEMENTS", 64)
     monkeypatch.setattr(portable, "_block_width", lambda n_tokens: max(32, 256 // max(n_tokens, 1) // 8 * 8))
-    monkeypatch.setattr(row_adam, "BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(row_adam, "BLOCK_ELEMENTS", 16)
 
 
 def _threads(n):

@@ -213,7 +213,8 @@ def test_n_tokens_dtype_and_train_mode(kind, pair):
     assert torch.equal(ids, plain_ids(tokenizer)[:50])
 
 
-def test_progress_bar_knows_the_total(kind, pair, capsys):
+def test_progress_bar_knows_the_total(kind, pair, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # elsewhere there is no bar
     model, tokenizer = pair
     for n_tokens, total in ((None, N_TOKENS), (50, 50), (10**6, N_TOKENS)):
         stream = ModelActivations(

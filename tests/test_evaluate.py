@@ -1,6 +1,7 @@
 """Metrics and top examples against plain dense computations."""
 
 import json
+import sys
 from collections import defaultdict
 
 import numpy as np
@@ -438,13 +439,14 @@ def test_bad_arguments_are_named(change, message):
         top_examples(**arguments)
 
 
-def test_progress_bars(capfd):
+def test_progress_bars(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # elsewhere there is no bar
     sae, x = make(TopK(3)), data()
     assert isinstance(evaluate(sae, [x], progress=True), Evaluation)
     top_examples(sae, x, np.zeros(N, int), decode_token=str, progress=True)
-    shown = capfd.readouterr().err
+    shown = capsys.readouterr().err
     assert "1/1" in shown
     assert "301/301" in shown
     evaluate(sae, [x])
     top_examples(sae, x, np.zeros(N, int), decode_token=str)
-    assert capfd.readouterr().err == ""
+    assert capsys.readouterr().err == ""

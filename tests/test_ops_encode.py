@@ -33,6 +33,7 @@ SHAPES = [  # N, D, M, k
     (5, 7, 50, 50),
     (5, 1, 257, 9),
     (33, 24, 1000, 8),
+    (256, 5, 1024, 4),  # round enough for oneDNN
 ]
 RULES = {
     "TopK": lambda k, m: (TopK(k), None),

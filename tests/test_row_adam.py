@@ -15,18 +15,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODES = ["dense", "lazy", "deferred"]
 M, D = 11, 5
-EVERY = [
-    1,
-    1,
-    2,
-    3,
-    7,
-    20,
-    50,
-    100,
-    100,
-    10_000,
-]  # row i has a gradient at every EVERY[i]-th step, row 10 never
+# Row i of the matrix has a gradient at every EVERY[i]-th step, row 10 never.
+EVERY = [1, 1, 2, 3, 7, 20, 50, 100, 150, 10_000]
 
 
 def parameters(dtype=torch.float64):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastsae import SAE, AuxK, BatchTopK, DecoderNormL1, JumpReLU, ReLU, SAEConfig, TopK
-from fastsae.optim import RowAdam
+from fastsae.optim import RowAdam, row_adam
 from fastsae.testing import Allocations, assert_repeatable, assert_same, poisoned_empty
 from fastsae.training import train_step
 
@@ -323,24 +323,26 @@ def test_a_target_with_nan_is_skipped():
 # Memory, determinism, dtypes
 
 
-@pytest.mark.parametrize("losses", LOSSES)
-@pytest.mark.parametrize("target", [False, True], ids=["itself", "a target"])
-@pytest.mark.parametrize("mode", ["lazy", "deferred", "dense"])
+@pytest.mark.parametrize("losses", ["reconstruction", "AuxK and L1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_no_tensor_of_the_size_of_a_weight_or_of_the_scores(small_blocks, losses, target, mode, dtype):
+@pytest.mark.parametrize(("mode", "d_out"), [("lazy", 16), ("deferred", 12), ("dense", 16)])
+def test_no_tensor_of_the_size_of_a_weight_or_of_the_scores(
+    small_blocks, monkeypatch, losses, mode, d_out, dtype
+):
     """Most latents are dead, so that AuxK works on nearly all rows."""
-    n, d, m = 24, 16, 4000
+    n, d, m = 24, 16, 2000
+    monkeypatch.setattr(row_adam, "BLOCK_ELEMENTS", m)
     torch.manual_seed(0)
-    sae = SAE(SAEConfig(d, m, TopK(3), losses=LOSSES[losses], d_out=12 if target else None), dtype=dtype)
+    sae = SAE(SAEConfig(d, m, TopK(3), losses=LOSSES[losses], d_out=d_out), dtype=dtype)
     optimizer = RowAdam(sae, mode=mode)
-    x, y = batch(0, d, n).to(dtype), batch(1, 12, n).to(dtype) if target else None
+    x, y = batch(0, d, n).to(dtype), batch(1, d_out, n).to(dtype)
     for _ in range(3):  # the first step makes the moments
         train_step(sae, optimizer, x, y)
     with Allocations() as made:
         metrics = train_step(sae, optimizer, x, y)
     if "AuxK" in losses:
         assert metrics["n_dead"] > 0.9 * m
-    assert made.largest <= 2 * m < min(m * 12, n * m) / 5, made.made_by
+    assert made.largest <= 2 * m < min(m * d_out, n * m) / 5, made.made_by
 
 
 @pytest.mark.parametrize("mode", ["dense", "lazy", "deferred"])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,8 @@ from fastsae.data import Batches, ShuffleBuffer
 from fastsae.training import NotFinite, TrainConfig, Trainer
 from fastsae.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from fastsae.training.logs import read_log
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = TrainConfig(lr=1e-2, log_every=1, checkpoint_every=5, progress=False)
 
@@ -242,88 +245,84 @@ def test_what_is_no_plain_value_is_refused(tmp_path):
     assert latest_checkpoint(tmp_path) is None
 
 
-def command(folder, *more):
-    return [
-        sys.executable,
-        "-m",
-        "fastsae",
-        "train",
-        "--activations",
-        str(folder / "x.npy"),
-        "--out",
-        str(folder / "run"),
-        "--latents",
-        "256",
-        "--k",
-        "4",
-        "--batch-size",
-        "64",
-        "--tokens",
-        "25600",
-        "--lr",
-        "0.003",
-        "--log-every",
-        "1",
-        "--checkpoint-every",
-        "7",
-        "--no-progress",
-        *more,
-    ]
+OPTIONS = "--latents 256 --k 4 --batch-size 64 --tokens 25600 --lr 0.003 --log-every 1 --no-progress"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    import numpy as np
-
     folder = tmp_path_factory.mktemp("runs")
     np.save(folder / "x.npy", np.random.default_rng(0).standard_normal((4000, 16), dtype=np.float32))
     return folder
 
 
+def start(folder, *more, options=OPTIONS):
+    source = ["--activations", str(folder / "x.npy"), "--checkpoint-every", "7"] if options else []
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "fastsae",
+            "train",
+            "--out",
+            str(folder / "run"),
+            *source,
+            *options.split(),
+            *more,
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # small tensors: several threads wait for each other
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return output
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(folder):
-    subprocess.run(command(folder), check=True, capture_output=True)
+    finish(start(folder))
     rows = losses(folder / "run")
     (folder / "run").rename(folder / "whole")
     return rows
 
 
-def started(process, log):
+def wait_for_rows(process, log):
     while not log.exists() or len(log.read_text().splitlines()) < 10:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
 
 
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_text()) | {"seconds": 0}
+
+
 def test_a_killed_run_resumes_bit_for_bit(folder, uninterrupted):
     """SIGKILL at random moments, twice; the losses are those of a run that was never stopped."""
     rng = random.Random()
-    log = folder / "run/log.jsonl"
     for more in ([], ["--resume"]):
-        process = subprocess.Popen(command(folder, *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        started(process, log)
+        process = start(folder, *more)
+        wait_for_rows(process, folder / "run/log.jsonl")
         time.sleep(rng.uniform(0, 0.7))
         process.kill()
         process.communicate()
         for checkpoint in (folder / "run/checkpoints").glob("step-*"):
             load_checkpoint(checkpoint)  # whatever has its final name is whole
-    subprocess.run(command(folder, "--resume"), check=True, capture_output=True)
+    finish(start(folder, "--resume"))
     assert losses(folder / "run") == uninterrupted
-    assert json.loads((folder / "run/metrics.json").read_text()) | {"seconds": 0} == json.loads(
-        (folder / "whole/metrics.json").read_text()
-    ) | {"seconds": 0}
+    assert metrics(folder / "run") == metrics(folder / "whole")
     (folder / "run").rename(folder / "killed")
 
 
 def test_sigterm_ends_cleanly_and_resume_needs_no_flags(folder, uninterrupted):
-    process = subprocess.Popen(command(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    started(process, folder / "run/log.jsonl")
+    process = start(folder)
+    wait_for_rows(process, folder / "run/log.jsonl")
     process.terminate()
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "continue with --resume" in output
-    subprocess.run(
-        [sys.executable, "-m", "fastsae", "train", "--out", str(folder / "run"), "--resume"],
-        check=True,
-        capture_output=True,
-    )
+    finish(start(folder, "--resume", options=""))
     assert losses(folder / "run") == uninterrupted

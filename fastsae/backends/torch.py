@@ -37,19 +37,18 @@ def encode(
     k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fastsae.backends.reference.encode`. At most BLOCK_SCORES scores are in memory at a time."""
-    if subset is not None:
-        W_enc, b_enc = W_enc[subset], None if b_enc is None else b_enc[subset]
-    x, m = _upcast(x), W_enc.shape[0]
+    x, latents = _upcast(x), _Latents(W_enc, b_enc, subset)
+    m = len(latents)
     if rule == "topk":
-        blocks = [_encode_topk(part, W_enc, b_enc, min(k, m)) for part in x.split(MAX_TOKENS)]
+        blocks = [_encode_topk(part, latents, min(k, m)) for part in x.split(MAX_TOKENS)]
         values, columns = (torch.cat(parts).flatten() for parts in zip(*blocks, strict=True))
         offsets = torch.arange(x.shape[0] + 1, device=x.device) * min(k, m)
     elif rule == "batchtopk":
-        values, columns, offsets = _encode_batchtopk(x, W_enc, b_enc, x.shape[0] * min(k, m))
+        values, columns, offsets = _encode_batchtopk(x, latents, x.shape[0] * min(k, m))
     else:
         assert threshold is not None
         cut = _upcast(threshold).clamp_min(0)
-        found = _scan(x, W_enc, b_enc, lambda scores, lo, hi: scores > (cut[lo:hi] if cut.ndim else cut))
+        found = _scan(x, latents, lambda scores, lo, hi: scores > (cut[lo:hi] if cut.ndim else cut))
         values, columns, offsets = _to_csr(*found, x.shape[0])
     indices = columns if subset is None else subset[columns.long()]
     return values.relu().to(W_enc.dtype), indices.int(), offsets
@@ -63,6 +62,20 @@ def _scores(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     if fp32_on_cpu and x.numel() and x.shape[0] % 256 == 0 and W.shape[0] % 1024 == 0:
         return torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
     return nnf.linear(x, W, b)
+
+
+class _Latents:
+    """The encoder's rows, or a subset of them, scored a block at a time."""
+
+    def __init__(self, W: Tensor, b: Tensor | None, subset: Tensor | None) -> None:
+        self.W, self.b, self.subset = W, b, subset
+
+    def __len__(self) -> int:
+        return len(self.W if self.subset is None else self.subset)
+
+    def scores(self, x: Tensor, lo: int, hi: int) -> Tensor:
+        rows = slice(lo, hi) if self.subset is None else self.subset[lo:hi]
+        return _scores(x, self.W[rows], None if self.b is None else self.b[rows])
 
 
 def _block_width(n_tokens: int) -> int:
@@ -99,8 +112,8 @@ class _RowBest:
         return rank[:, self.k - 1 : self.k].clone()
 
 
-def _encode_topk(x: Tensor, W: Tensor, b: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    n, m = x.shape[0], W.shape[0]
+def _encode_topk(x: Tensor, latents: _Latents, k: int) -> tuple[Tensor, Tensor]:
+    n, m = x.shape[0], len(latents)
     best = _RowBest(n, k, x)
     if n == 0 or k == 0:
         return best.values.view(n, k), best.columns.view(n, k)
@@ -116,7 +129,7 @@ def _encode_topk(x: Tensor, W: Tensor, b: Tensor | None, k: int) -> tuple[Tensor
 
     for number, lo in enumerate(range(0, m, width), start=1):
         hi = min(lo + width, m)
-        scores = _scores(x, W[lo:hi], None if b is None else b[lo:hi])
+        scores = latents.scores(x, lo, hi)
         # >: a later column loses a tie
         rows, columns, values = _candidates(scores, group, threshold, torch.ge if tau is None else torch.gt)
         best.append(rows, (columns + lo).int(), values)
@@ -150,9 +163,9 @@ def _candidates(
     return rows[order], columns[order], values[order]
 
 
-def _encode_batchtopk(x: Tensor, W: Tensor, b: Tensor | None, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+def _encode_batchtopk(x: Tensor, latents: _Latents, keep: int) -> tuple[Tensor, Tensor, Tensor]:
     """The ``keep`` largest scores, ties by n * M + m; candidates never pass 2 * keep + one block."""
-    n, m = x.shape[0], W.shape[0]
+    n, m = x.shape[0], len(latents)
     rows = torch.empty(0, dtype=torch.int64, device=x.device)
     columns, values, tau = rows.clone(), x.new_empty(0), None
 
@@ -166,7 +179,7 @@ def _encode_batchtopk(x: Tensor, W: Tensor, b: Tensor | None, keep: int) -> tupl
         part = x[tokens : tokens + MAX_TOKENS]
         width = _block_width(part.shape[0])
         for lo in range(0, m, width):
-            scores = _scores(part, W[lo : lo + width], None if b is None else b[lo : lo + width])
+            scores = latents.scores(part, lo, lo + width)
             # >=: a later entry equal to the last one kept may have the lower place n * M + m
             found = _candidates(scores, min(GROUP, scores.shape[1]), threshold, torch.ge)
             rows = torch.cat([rows, found[0] + tokens])
@@ -190,15 +203,15 @@ def _cut(rows, columns, values, keep, m):
     return rows[kept], columns[kept], values[kept], tau
 
 
-def _scan(x: Tensor, W: Tensor, b: Tensor | None, passes) -> tuple[Tensor, Tensor, Tensor]:
+def _scan(x: Tensor, latents: _Latents, passes) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, columns, values of all scores that ``passes(scores, lo, hi)``; columns ascend in a row."""
     found = []
     for tokens in range(0, x.shape[0], MAX_TOKENS):
         part = x[tokens : tokens + MAX_TOKENS]
         width = _block_width(part.shape[0])
-        for lo in range(0, W.shape[0], width):
-            hi = min(lo + width, W.shape[0])
-            scores = _scores(part, W[lo:hi], None if b is None else b[lo:hi])
+        for lo in range(0, len(latents), width):
+            hi = min(lo + width, len(latents))
+            scores = latents.scores(part, lo, hi)
             rows, columns = passes(_rank(scores), lo, hi).nonzero(as_tuple=True)
             found.append((rows + tokens, columns + lo, scores[rows, columns]))
     if not found:

@@ -69,7 +69,6 @@ def load_model(model: str | Path) -> tuple[nn.Module, Any]:
     folder = model_folder(model)
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     from transformers.utils import logging
 
     local = {"local_files_only": Path(folder).is_dir()}

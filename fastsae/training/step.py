@@ -117,9 +117,10 @@ def _step(
         grad_b_dec -= _ops.decode(grad_b_enc.flatten(), latents.int(), whole, sae.W_enc, None, backend)[0]
 
     # Adam squares gradients, and a moment that overflowed would never recover: no real batch comes near
-    sums = coefs.abs().sum(), grad_pre.abs().sum()
-    bounds = [sums[0] * (grad_y.abs().max() + (l1 or 0)), sums[1] * (x.abs().max() + 1), grad_b_dec.abs().max()]
-    if not (torch.stack(bounds).square().isfinite().all() and torch.stack([*terms.values()]).isfinite().all()):
+    decoder = coefs.abs().sum() * (grad_y.abs().max() + (l1 or 0))
+    encoder = grad_pre.abs().sum() * (x.abs().max() + 1)
+    bounds = torch.stack([decoder, encoder, grad_b_dec.abs().max()])
+    if not torch.stack([*bounds.square(), *terms.values()]).isfinite().all():
         return _skipped(sae, x, counters)
 
     def grad_W_enc(lo: int, hi: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import sys
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastsae.checks import FastSAEError
+from fastsae.files import write_json
 
 app = typer.Typer(
     help="Train and study sparse autoencoders of any width.",
@@ -239,9 +239,7 @@ def _show(title: str, rows: dict[str, Any], json_path: Path | None) -> None:
         table.add_row(name, _text(value))
     console.print(table)
     if json_path is not None:
-        from fastsae.sae import write_atomically
-
-        write_atomically(json_path, lambda path: path.write_text(json.dumps(rows, indent=2) + "\n"))
+        write_json(json_path, rows)
 
 
 def _text(value: Any) -> str:

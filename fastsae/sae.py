@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastsae import functional as F
@@ -20,11 +15,10 @@ from fastsae.backends import Backend, resolve
 from fastsae.checks import BadValue, check_choice, check_type, reject
 from fastsae.code import SparseCode
 from fastsae.config import AuxK, BatchTopK, DecoderNormL1, JumpReLU, SAEConfig
+from fastsae.files import WEIGHTS_FILE, check_tensors, read_dictionary, write_dictionary
 
 __all__ = ["SAE", "TrainingOutput", "load"]
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-_FORMAT = "fastsae/1"
 _THRESHOLD_DECAY = 0.999
 
 
@@ -314,13 +308,8 @@ class SAE(nn.Module):
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write config.json and model.safetensors: both whole on disk before either takes its place."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
-        text = json.dumps({"format": _FORMAT, **self.config.to_dict()}, indent=2) + "\n"
-        with _staged(folder / WEIGHTS_FILE) as weights, _staged(folder / CONFIG_FILE) as config:
-            save_file(tensors, weights, {"format": _FORMAT})
-            config.write_text(text)
+        write_dictionary(Path(directory), self.config, tensors)
 
     @classmethod
     def load(
@@ -336,33 +325,15 @@ class SAE(nn.Module):
             ValueError: no such files; a truncated or foreign file; missing, extra, misshapen or mistyped
                 tensors; NaN or Inf.
         """
-        folder = Path(directory)
-        config = _read_config(folder / CONFIG_FILE)
-        tensors = _read_tensors(folder / WEIGHTS_FILE)
+        config, tensors = read_dictionary(Path(directory))
         with torch.device("meta"):
             sae = cls(config)
-        expected = {name: tuple(t.shape) for name, t in sae.state_dict().items()}
-        got = {name: tuple(t.shape) for name, t in tensors.items()}
-        if got != expected:
-            different = sorted(
-                name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name)
-            )
-            name = different[0]
-            reject(
-                f"{folder / WEIGHTS_FILE}",
-                f"{name} {got.get(name, 'missing')}",
-                f"{expected.get(name, 'no such tensor')}",
-            )
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                reject(f"{folder / WEIGHTS_FILE}", f"NaN or Inf in {name}", "finite weights")
-        kinds = {name: t.dtype for name, t in sae.named_buffers()}
-        one_for_all = tensors["b_dec"].dtype if tensors["b_dec"].is_floating_point() else torch.float32
-        for name, tensor in tensors.items():
-            if tensor.dtype != kinds.get(name, one_for_all):
-                reject(
-                    f"{folder / WEIGHTS_FILE}", f"{name} in {tensor.dtype}", f"{kinds.get(name, one_for_all)}"
-                )
+        # buffers have dtypes of their own; the parameters share one
+        shared = tensors["b_dec"].dtype if "b_dec" in tensors else torch.float32
+        shared = shared if shared.is_floating_point else torch.float32
+        dtypes = {name: buffer.dtype for name, buffer in sae.named_buffers()}
+        expected = {name: (tuple(t.shape), dtypes.get(name, shared)) for name, t in sae.state_dict().items()}
+        check_tensors(Path(directory) / WEIGHTS_FILE, tensors, expected)
         sae.load_state_dict(tensors, assign=True)
         sae.requires_grad_(True)
         return sae.to(device=device, dtype=dtype)
@@ -407,53 +378,6 @@ def load(
 ) -> SAE:
     """Load a dictionary from a folder that :meth:`SAE.save` or a training run wrote."""
     return SAE.load(path, device=device, dtype=dtype)
-
-
-def write_atomically(path: Path, write) -> None:
-    """Let ``write(temporary)`` make a file beside ``path``, then rename it into place."""
-    with _staged(path) as temporary:
-        write(temporary)
-
-
-@contextmanager
-def _staged(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors makes its files readable to their owner alone
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read_config(path: Path) -> SAEConfig:
-    try:
-        data = json.loads(path.read_text())
-    except OSError as error:
-        raise BadValue(
-            f"{path}: got no readable file, expected the config.json that SAE.save writes"
-        ) from error
-    except ValueError as error:
-        raise BadValue(
-            f"{path}: got text that isn't JSON ({error}), expected the config.json of SAE.save"
-        ) from error
-    if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
-        reject(str(path), "a config of another format", f'one with "format": "{_FORMAT}"')
-    return SAEConfig.from_dict(data)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise BadValue(
-            f"{path}: got no whole safetensors file ({error}), expected the one SAE.save writes"
-        ) from error
 
 
 def _geometric_median(x: Tensor, iterations: int = 30) -> Tensor:

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastsae
-from fastsae import SAE, AuxK, BatchTopK, DecoderNormL1, JumpReLU, ReLU, SAEConfig, SparseCode, TopK
-from fastsae import sae as sae_module
+from fastsae import SAE, AuxK, BatchTopK, DecoderNormL1, JumpReLU, ReLU, SAEConfig, SparseCode, TopK, files
 from fastsae.testing import assert_same, pre_acts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -663,7 +662,7 @@ def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch, failing):
         raise OSError("no space left on device")
 
     home, name = {
-        "the weights": (sae_module, "save_file"),
+        "the weights": (files, "save_file"),
         "the config": (Path, "write_text"),
         "flushing": (os, "fsync"),
     }[failing]

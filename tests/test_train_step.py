@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import fastsae.backends.torch as portable
 from fastsae import SAE, AuxK, BatchTopK, DecoderNormL1, JumpReLU, ReLU, SAEConfig, TopK
 from fastsae.optim import RowAdam, row_adam
 from fastsae.testing import Allocations, assert_repeatable, assert_same, poisoned_empty
@@ -167,6 +168,33 @@ def test_deferred_differs_from_dense_by_the_square_of_the_learning_rate():
             weights.append(sae.W_dec.detach())
         errors.append((weights[0] - weights[1]).norm().item())
     assert errors[1] < errors[0] / 12  # a quarter of the rate: a sixteenth of the error, to higher orders
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[2:], ids=str)
+def test_spare_capacity_of_a_code_is_ignored(monkeypatch, activation):
+    """A backend that can't know how many scores pass may return more places than it fills."""
+    encode = portable.encode
+
+    def spacious(*args):
+        values, indices, offsets = encode(*args)
+        if args[5] == "topk":  # AuxK's codes have a fixed size
+            return values, indices, offsets
+        rubbish = torch.full((5,), 2**30)
+        return torch.cat([values, rubbish * torch.nan]), torch.cat([indices, rubbish.int()]), offsets
+
+    monkeypatch.setattr(portable, "encode", spacious)
+    compare("dense", activation=activation, losses=LOSSES["AuxK and L1"])
+    sae = make(activation, losses=LOSSES["AuxK and L1"])
+    roomy = sae.training_forward(batch(0))
+    roomy.loss.backward()
+    monkeypatch.undo()
+    tight = make(activation, losses=LOSSES["AuxK and L1"])
+    out = tight.training_forward(batch(0))
+    out.loss.backward()
+    assert len(roomy.code.values) == len(out.code.values) + 5
+    assert_same(roomy.x_hat, out.x_hat)
+    for a, b in zip(sae.parameters(), tight.parameters(), strict=True):
+        assert_same(a.grad, b.grad)
 
 
 def test_metrics():

@@ -14,7 +14,8 @@ from fastsae.checks import check_type, reject
 from fastsae.evaluate.examples import Example, LatentExamples
 from fastsae.evaluate.metrics import Evaluation
 from fastsae.evaluate.plots import draw_plots
-from fastsae.sae import SAE, write_atomically
+from fastsae.files import write_atomically
+from fastsae.sae import SAE
 
 __all__ = ["write_report"]
 
@@ -89,11 +90,8 @@ def write_report(
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     for plot in plots:
         for png, suffix in zip(plot.png, ("", "-dark"), strict=True):
-            write_atomically(
-                folder / "plots" / f"{plot.name}{suffix}.png", lambda path, png=png: path.write_bytes(png)
-            )
-    data = page.encode("utf-8", "replace")
-    write_atomically(folder / "report.html", lambda path: path.write_bytes(data))
+            write_atomically(folder / "plots" / f"{plot.name}{suffix}.png", png)
+    write_atomically(folder / "report.html", page.encode("utf-8", "replace"))
     return folder / "report.html"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsae.checks import FastSAEError
-from fastsae.sae import write_atomically
+from fastsae.files import write_atomically
 
 __all__ = ["RunLog", "read_log"]
 
@@ -28,7 +28,7 @@ class RunLog:
     ) -> None:
         self.path = directory / "log.jsonl"
         kept = [row for row in read_log(self.path) if row["step"] <= step]
-        write_atomically(self.path, lambda path: path.write_text("".join(map(_line, kept))))
+        write_atomically(self.path, "".join(map(_line, kept)))
         self._file = self.path.open("a", buffering=1)
         self._tensorboard = _tensorboard(directory, step) if tensorboard else None
         self._wandb = _wandb(directory, wandb) if wandb else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ from fastsae.data import (
     split_rows,
 )
 from fastsae.evaluate import Evaluation, evaluate, top_examples, write_report
-from fastsae.sae import SAE, write_atomically
+from fastsae.files import write_atomically, write_json
+from fastsae.sae import SAE
 from fastsae.training.logs import read_log
 from fastsae.training.trainer import TrainConfig, Trainer
 
@@ -183,7 +183,7 @@ def run(options: RunOptions, *, resume: bool = False) -> dict[str, Any] | None:
     evaluation = _evaluate(sae, store, held_out, options)
     metrics = {**evaluation.to_dict(), "held_out_tokens": len(held_out), "tokens": final["tokens"]}
     metrics |= {"seconds": final["seconds"], "skipped_batches": final["skipped"]}
-    write_atomically(out / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=2) + "\n"))
+    write_json(out / "metrics.json", metrics)
     _report(options, sae, store, evaluation, metrics)
     return metrics
 
@@ -201,7 +201,7 @@ def evaluate_run(directory: str | Path, activations: str | None = None) -> Evalu
 def save_options(options: RunOptions) -> None:
     """Write run.yaml, which ``--config`` and ``--resume`` read."""
     text = yaml.safe_dump(dataclasses.asdict(options), sort_keys=False)
-    write_atomically(Path(options.out) / OPTIONS_FILE, lambda path: path.write_text(text))
+    write_atomically(Path(options.out) / OPTIONS_FILE, text)
 
 
 def load_options(directory: Path) -> RunOptions:

@@ -70,7 +70,8 @@ def _step(
     target = losses.upcast(sae.normalise_target(x, target, code)).reshape(-1, config.d_out)
     x = sae.encoder_input(x)[0].reshape(-1, config.d_in)
     n = x.shape[0]
-    values, indices, offsets = code.values, code.indices, code.offsets
+    stored, offsets = int(code.offsets[-1]), code.offsets  # AuxK's rows follow right after what is stored
+    values, indices = code.values[:stored], code.indices[:stored]
 
     error = losses.upcast(_ops.decode(values, indices, offsets, sae.W_dec, sae.b_dec, backend)) - target
     weight = losses.error_scale(target, config.reconstruction)
@@ -102,9 +103,7 @@ def _step(
 
     grad_values = _ops.code_grad(grad_y, sae.W_dec, indices, offsets, backend)
     if l1 is not None:
-        main = len(code.values)
-        norms = losses.row_norms(sae.W_dec)
-        grad_values[:main] += l1 * norms[indices[:main].long()]
+        grad_values[:stored] += l1 * losses.row_norms(sae.W_dec)[indices[:stored].long()]
     grad_pre = torch.where(values > 0, grad_values, 0)
 
     latents, starts, tokens, order = _ops.transpose(values, indices, offsets, config.n_latents, backend)

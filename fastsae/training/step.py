@@ -8,6 +8,8 @@ rows of each matrix serve both.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -63,98 +65,142 @@ def train_step(
 def _step(
     sae: SAE, opt: RowAdam, x: Tensor, target: Tensor | None, scale: dict[str, float]
 ) -> dict[str, Tensor]:
-    config, backend = sae.config, resolve(sae.backend)
     counters = {name: t.clone() for name, t in sae.named_buffers()}
     sae.estimate_norm_scale_(x)
-    code = sae.encode_sparse(x)
-    target = losses.upcast(sae.normalise_target(x, target, code)).reshape(-1, config.d_out)
-    x = sae.encoder_input(x)[0].reshape(-1, config.d_in)
-    n = x.shape[0]
-    stored, offsets = int(code.offsets[-1]), code.offsets  # AuxK's rows follow right after what is stored
-    values, indices = code.values[:stored], code.indices[:stored]
-
-    error = losses.upcast(_ops.decode(values, indices, offsets, sae.W_dec, sae.b_dec, backend)) - target
-    weight = losses.error_scale(target, config.reconstruction)
-    squares = error.square().sum()
-    terms = {"reconstruction": scale["reconstruction"] * weight * squares}
-    if not terms["reconstruction"].isfinite():
+    forward = _forward(sae, x, target, scale)
+    gradients = _Gradients(sae, forward)
+    if not torch.stack([*forward.terms.values(), gradients.bound.square()]).isfinite().all():
         return _skipped(sae, x, counters)
-    sae.count_firing_(code)
-    dead, l1 = sae.dead_latents(), None
-    grad_y = 2 * scale["reconstruction"] * weight * error
-    grad_b_dec = grad_y.sum(0)
-
-    for term in config.losses:
-        if isinstance(term, DecoderNormL1):
-            l1 = scale[term.name] * term.coefficient / n
-            terms[term.name] = scale[term.name] * losses.decoder_norm_l1(code, sae.W_dec, term.coefficient)
-        elif isinstance(term, AuxK):
-            terms[term.name] = torch.zeros_like(weight)
-            if not len(dead):
-                continue
-            k = term.resolve_k(config.d_in)
-            aux = F.encode(x, sae.W_enc, sae.b_enc, TopK(min(k, len(dead))), subset=dead, backend=backend)
-            missed = losses.upcast(F.decode(aux, sae.W_dec, backend=backend)) + error
-            factor = scale[term.name] * term.coefficient * min(len(dead) / k, 1.0) * weight
-            terms[term.name] = factor * missed.square().sum()
-            values, indices = torch.cat([values, aux.values]), torch.cat([indices, aux.indices])
-            offsets = torch.cat([offsets, offsets[-1] + aux.offsets[1:]])
-            grad_y, x = torch.cat([grad_y, 2 * factor * missed]), torch.cat([x, x])
-
-    grad_values = _ops.code_grad(grad_y, sae.W_dec, indices, offsets, backend)
-    if l1 is not None:
-        grad_values[:stored] += l1 * losses.row_norms(sae.W_dec)[indices[:stored].long()]
-    grad_pre = torch.where(values > 0, grad_values, 0)
-
-    latents, starts, tokens, order = _ops.transpose(values, indices, offsets, config.n_latents, backend)
-    active = int((latents < config.n_latents).sum())
-    latents, starts = latents[:active], starts[: active + 1]
-    coefs, grad_pre = losses.upcast(values)[order], grad_pre[order]
-    grad_b_enc = _ops.row_grads(grad_pre, x.new_ones(len(x), 1), starts, tokens, backend)
-    if config.subtract_b_dec:
-        whole = torch.tensor([0, active], device=x.device)
-        grad_b_dec -= _ops.decode(grad_b_enc.flatten(), latents.int(), whole, sae.W_enc, None, backend)[0]
-
-    # Adam squares gradients, and a moment that overflowed would never recover: no real batch comes near
-    decoder = coefs.abs().sum() * (grad_y.abs().max() + (l1 or 0))
-    encoder = grad_pre.abs().sum() * (x.abs().max() + 1)
-    bounds = torch.stack([decoder, encoder, grad_b_dec.abs().max()])
-    if not torch.stack([*bounds.square(), *terms.values()]).isfinite().all():
-        return _skipped(sae, x, counters)
-
-    def grad_W_enc(lo: int, hi: int) -> Tensor:
-        return _ops.row_grads(grad_pre, x, starts[lo : hi + 1], tokens, backend)
-
-    def grad_W_dec(lo: int, hi: int) -> Tensor:
-        grad = _ops.row_grads(coefs, grad_y, starts[lo : hi + 1], tokens, backend)
-        if l1 is not None:
-            in_main = (torch.arange(len(x), device=x.device) < n).to(grad.dtype)[:, None]
-            total = _ops.row_grads(coefs, in_main, starts[lo : hi + 1], tokens, backend)
-            grad += (
-                l1 * total * torch.nn.functional.normalize(losses.upcast(sae.W_dec[latents[lo:hi]]), dim=1)
-            )
-        return grad
-
     opt.begin_step_()
     for param, rows, grad in (
-        (sae.W_enc, latents, grad_W_enc),
-        (sae.b_enc, latents, lambda lo, hi: grad_b_enc[lo:hi, 0]),
-        (sae.W_dec, latents, grad_W_dec),
-        (sae.b_dec, None, lambda lo, hi: grad_b_dec[lo:hi]),
+        (sae.W_enc, gradients.latents, gradients.W_enc),
+        (sae.b_enc, gradients.latents, lambda lo, hi: gradients.b_enc[lo:hi, 0]),
+        (sae.W_dec, gradients.latents, gradients.W_dec),
+        (sae.b_dec, None, lambda lo, hi: gradients.b_dec[lo:hi]),
     ):
         if param.requires_grad:
             opt.update_rows_(param, rows, grad)
     opt.end_step_()
-
-    variance = (target - target.mean(0)).square().sum()
     return {
-        "loss": torch.stack([*terms.values()]).sum(),
-        **terms,
-        "fvu": squares / variance,
-        "l0": code.l0().float().mean(),
-        "n_dead": torch.tensor(len(dead)),
+        "loss": torch.stack([*forward.terms.values()]).sum(),
+        **forward.terms,
+        "fvu": forward.fvu,
+        "l0": forward.l0,
+        "n_dead": torch.tensor(len(forward.dead)),
         "skipped": torch.tensor(0),
     }
+
+
+@dataclass
+class _Forward:
+    """The code of a batch of N tokens, AuxK's rows below it, and the loss's derivatives at the decoder.
+
+    values, indices, offsets: CSR over ``len(x)`` rows, which are N or, with AuxK, 2 N.
+    x: [rows, d_in] what W_enc multiplies;  grad_y: [rows, d_out] dL / d(decoded row).
+    l1: dL / d(f_i ||W_dec[i]||) at the first N rows;  n_tokens: N.
+    """
+
+    values: Tensor
+    indices: Tensor
+    offsets: Tensor
+    x: Tensor
+    grad_y: Tensor
+    n_tokens: int
+    terms: dict[str, Tensor]
+    fvu: Tensor
+    l0: Tensor
+    dead: Tensor
+    l1: float = 0.0
+
+
+def _forward(sae: SAE, x: Tensor, target: Tensor | None, scale: dict[str, float]) -> _Forward:
+    config, backend = sae.config, resolve(sae.backend)
+    code = sae.encode_sparse(x)
+    target = losses.upcast(sae.normalise_target(x, target, code)).reshape(-1, config.d_out)
+    x = sae.encoder_input(x)[0].reshape(-1, config.d_in)
+    stored = int(code.offsets[-1])  # AuxK's rows follow right after what is stored
+    values, indices = code.values[:stored], code.indices[:stored]
+
+    error = losses.upcast(_ops.decode(values, indices, code.offsets, sae.W_dec, sae.b_dec, backend)) - target
+    weight = scale["reconstruction"] * losses.error_scale(target, config.reconstruction)
+    squares = error.square().sum()
+    sae.count_firing_(code)
+    forward = _Forward(
+        values, indices, code.offsets, x, 2 * weight * error, len(x),
+        terms={"reconstruction": weight * squares},
+        fvu=squares * losses.error_scale(target, "fvu"),
+        l0=code.l0().float().mean(),
+        dead=sae.dead_latents(),
+    )  # fmt: skip
+    for term in config.losses:
+        if isinstance(term, DecoderNormL1):
+            forward.l1 = scale[term.name] * term.coefficient / len(x)
+            norms = losses.decoder_norm_l1(code, sae.W_dec, term.coefficient)
+            forward.terms[term.name] = scale[term.name] * norms
+        elif isinstance(term, AuxK):
+            weight = scale[term.name] * losses.error_scale(target, config.reconstruction)
+            forward.terms[term.name] = _add_auxk(sae, forward, error, term, weight)
+    return forward
+
+
+def _add_auxk(sae: SAE, forward: _Forward, error: Tensor, term: AuxK, weight: Tensor) -> Tensor:
+    """Append AuxK's rows to ``forward``; return the term. See :func:`fastsae.losses.auxk`."""
+    dead, k = forward.dead, term.resolve_k(sae.config.d_in)
+    if not len(dead):
+        return torch.zeros_like(weight)
+    x, backend = forward.x, resolve(sae.backend)
+    aux = F.encode(x, sae.W_enc, sae.b_enc, TopK(min(k, len(dead))), subset=dead, backend=backend)
+    missed = losses.upcast(F.decode(aux, sae.W_dec, backend=backend)) + error
+    factor = term.coefficient * min(len(dead) / k, 1.0) * weight
+    forward.values = torch.cat([forward.values, aux.values])
+    forward.indices = torch.cat([forward.indices, aux.indices])
+    forward.offsets = torch.cat([forward.offsets, forward.offsets[-1] + aux.offsets[1:]])
+    forward.x, forward.grad_y = torch.cat([x, x]), torch.cat([forward.grad_y, 2 * factor * missed])
+    return factor * missed.square().sum()
+
+
+class _Gradients:
+    """Gradients of the active rows, computed when asked for: row r is that of ``latents[r]``."""
+
+    def __init__(self, sae: SAE, forward: _Forward) -> None:
+        self.sae, self.forward, self.backend = sae, forward, resolve(sae.backend)
+        f, m = forward, sae.config.n_latents
+        grad_values = _ops.code_grad(f.grad_y, sae.W_dec, f.indices, f.offsets, self.backend)
+        if f.l1:
+            main = slice(int(f.offsets[f.n_tokens]))
+            grad_values[main] += f.l1 * losses.row_norms(sae.W_dec)[f.indices[main].long()]
+        grad_pre = torch.where(f.values > 0, grad_values, 0)
+        latents, starts, self.tokens, order = _ops.transpose(f.values, f.indices, f.offsets, m, self.backend)
+        active = int((latents < m).sum())
+        self.latents, self.starts = latents[:active], starts[: active + 1]
+        self.coefs, self.grad_pre = losses.upcast(f.values)[order], grad_pre[order]
+        self.b_enc = self._sum(self.grad_pre, f.x.new_ones(len(f.x), 1), 0, active)
+        self.b_dec = f.grad_y[: f.n_tokens].sum(0)
+        if sae.config.subtract_b_dec:
+            one_row, rows = torch.tensor([0, active], device=f.x.device), self.latents.int()
+            self.b_dec -= _ops.decode(self.b_enc.flatten(), rows, one_row, sae.W_enc, None, self.backend)[0]
+        # Adam squares gradients, and a moment that overflowed would never recover: no real batch comes near
+        self.bound = torch.stack([
+            self.coefs.abs().sum() * (f.grad_y.abs().max() + f.l1),
+            self.grad_pre.abs().sum() * (f.x.abs().max() + 1),
+            self.b_dec.abs().max(),
+        ]).sum()  # fmt: skip
+
+    def W_enc(self, lo: int, hi: int) -> Tensor:
+        return self._sum(self.grad_pre, self.forward.x, lo, hi)
+
+    def W_dec(self, lo: int, hi: int) -> Tensor:
+        f = self.forward
+        grad = self._sum(self.coefs, f.grad_y, lo, hi)
+        if f.l1:
+            main = torch.arange(len(f.x), device=f.x.device) < f.n_tokens
+            total = self._sum(self.coefs, main[:, None].to(grad.dtype), lo, hi)
+            rows = losses.upcast(self.sae.W_dec[self.latents[lo:hi]])
+            grad += f.l1 * total * torch.nn.functional.normalize(rows, dim=1)
+        return grad
+
+    def _sum(self, coefs: Tensor, x: Tensor, lo: int, hi: int) -> Tensor:
+        return _ops.row_grads(coefs, x, self.starts[lo : hi + 1], self.tokens, self.backend)
 
 
 def _check_optimizer(sae: SAE, opt: RowAdam) -> None:

@@ -94,7 +94,7 @@ def decode(
 
         x_hat[n] = sum_j values[j] * W_dec[indices[j]] + b_dec    over the entries j of token n
 
-    Reads nnz rows of ``W_dec`` and never forms the dense [N, M] code. Sums in fp32, rounds once.
+    Reads nnz rows of ``W_dec`` and never forms the dense [N, M] code. Sums in fp32, then rounds.
 
     Args:
         code: activations of N tokens over M latents; values differentiable.

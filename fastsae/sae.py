@@ -34,7 +34,7 @@ class TrainingOutput(NamedTuple):
 class SAE(nn.Module):
     """A sparse autoencoder (or transcoder, with a target) of ``config.n_latents`` features.
 
-        code  = activation(normalise(x - b_dec if subtract_b_dec) W_enc^T + b_enc)
+        code  = activation((normalise(x) - b_dec) W_enc^T + b_enc)      b_dec only if subtract_b_dec
         x_hat = denormalise(sum_i f_i W_dec[i] + b_dec)
 
     A drop-in module: any leading shape in, the same out; inputs are raw, normalisation is inside. Decoder

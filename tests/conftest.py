@@ -38,7 +38,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(portable, "MAX_TOKENS", 8)
     monkeypatch.setattr(portable, "GROUP", 8)
     monkeypatch.setattr(portable, "BLOCK_ELEMENTS", 64)
-    monkeypatch.setattr(portable, "_block_width", lambda n_tokens: max(32, 256 // max(n_tokens, 1) // 8 * 8))
+    monkeypatch.setattr(portable, "MIN_COLUMNS", 32)
     monkeypatch.setattr(row_adam, "BLOCK_ELEMENTS", 16)
 
 

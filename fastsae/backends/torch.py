@@ -21,6 +21,8 @@ BLOCK_SCORES = 2**22
 """Scores held at a time, 16 MiB in fp32: stays in a last-level cache (measured at N = 1024, D = 384)."""
 MAX_TOKENS = 1024
 """Tokens encoded at a time, so that a block of scores has enough columns for a good GEMM."""
+MIN_COLUMNS = 1024
+"""Columns in a block, at least: below, threads have too little to share."""
 GROUP = 32
 """Columns per group maximum, at most."""
 BLOCK_ELEMENTS = 2**20
@@ -79,7 +81,7 @@ class _Latents:
 
 
 def _block_width(n_tokens: int) -> int:
-    return max(1024, BLOCK_SCORES // max(n_tokens, 1) // GROUP * GROUP)
+    return max(MIN_COLUMNS, BLOCK_SCORES // max(n_tokens, 1) // GROUP * GROUP)
 
 
 class _RowBest:
@@ -228,7 +230,7 @@ def _to_csr(rows: Tensor, columns: Tensor, values: Tensor, n: int) -> tuple[Tens
 
 
 def decode(values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
-    """See :func:`fastsae.backends.reference.decode`. Reads P rows of W_dec."""
+    """See :func:`fastsae.backends.reference.decode`. Reads P rows of W_dec; adds b_dec after rounding."""
     x_hat = _bag(indices[: int(offsets[-1])].long(), W_dec, offsets, values[: int(offsets[-1])])
     return x_hat if b_dec is None else x_hat.add_(b_dec)
 

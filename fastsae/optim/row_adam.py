@@ -32,10 +32,11 @@ class RowAdam(torch.optim.Optimizer):
     ``deferred``: a touched row first makes up, in closed form, for the steps it missed, then takes its step.
     With m, v as they were at its last touch t, and T the steps done since then:
 
-        w -= C m / (sqrt v + eps sqrt(1 - b2^t)),   C = sum_{u = t+1..T} lr_u r^(u-t) sqrt(1 - b2^u) / (1 -
-        b1^u) m *= b1^(T-t);   v *= b2^(T-t);   r = b1 / sqrt b2
+        w -= C m / (sqrt v + eps sqrt(1 - b2^t));   m *= b1^(T-t);   v *= b2^(T-t)
+        C = sum_{u = t+1..T} lr_u r^(u-t) sqrt(1 - b2^u) / (1 - b1^u),   r = b1 / sqrt b2
 
-    which is where dense Adam with zero gradients would have taken it, whatever the learning-rate schedule.
+    which is where dense Adam with zero gradients would have taken it, whatever the learning-rate schedule, as
+    long as sqrt v stays well above eps (with b1 > sqrt b2 and idle spells of hundreds of steps it may not).
     Until then the row is read up to C m / sqrt v stale; :meth:`flush_` brings all rows up to date.
 
     Args:

@@ -28,17 +28,15 @@ _FP32 = 4
 def plan_run(d_in: int, latents: int, k: int, batch: int, gpu: str | None = None) -> dict[str, Any]:
     """Bytes of an fp32 run with RowAdam's fp32 states, and with ``gpu`` whether they fit and a step's floor.
 
-        weights    (2 M D + M + D) * 4                        W_enc, W_dec, b_enc, b_dec
-        states     twice the weights, + 12 M + 4 D            two moments; when each row was last updated
-        counters   8 M                                        when each latent last fired
-        workspace  scores (two blocks), candidates, the code and its transpose, a block of rows and its
-        moments,
-                   and [N, D] inputs and errors: an upper estimate, the same for every M
-        floor_ms   2 N D M / FLOP rate + bytes / bandwidth, bytes = (4 gathers of N k rows + 12 passes over
-        the active
-                   rows of both matrices) * 4 D, active rows = M (1 - exp(-N k / M)): latents firing evenly
+        weights    (2 M D + M + D) * 4                  W_enc, W_dec, b_enc, b_dec
+        states     twice the weights, + 12 M + 4 D      two moments; when each row was last updated
+        counters   8 M                                  when each latent last fired
+        workspace  the operators' blocks, the code, [N, D] inputs and errors: an upper estimate for any M
+        floor_ms   2 N D M / FLOP rate + bytes / bandwidth
 
-    The floor is the roofline at the named GPU's rates: a bound, not a prediction of this version.
+    with bytes = (4 N k + 12 M (1 - exp(-N k / M))) * 4 D: four gathers of a row per pair, and both matrices
+    and their moments read and written at the active rows, latents firing evenly. The floor is the roofline at
+    the named GPU's rates: a bound, not a prediction of this version.
 
     Raises:
         ValueError: a size below 1, k > latents, or an unknown GPU.

@@ -16,8 +16,8 @@ _ops = torch.ops.fastsae
 class Encode(torch.autograd.Function):
     """values[j] = relu(<x[n], W[m]> + b[m]) at the selected entries; the selection has no gradient.
 
-        grad_pre[j] = grad_values[j] where values[j] > 0, else 0
-        grad_W[m] = sum grad_pre x[n];   grad_b[m] = sum grad_pre;   grad_x[n] = sum grad_pre W[m]
+    grad_pre[j] = grad_values[j] where values[j] > 0, else 0
+    grad_W[m] = sum grad_pre x[n];   grad_b[m] = sum grad_pre;   grad_x[n] = sum grad_pre W[m]
     """
 
     @staticmethod

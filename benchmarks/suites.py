@@ -10,6 +10,7 @@ import torch
 
 from fastsae import SAE, SAEConfig, TopK
 from fastsae.benchmarks.measure import interleaved, peak_mib
+from fastsae.checks import reject
 from fastsae.optim import RowAdam
 from fastsae.training import train_step
 
@@ -24,7 +25,7 @@ def run_suite(name: str, say: Callable[[dict], None]) -> list[dict[str, Any]]:
     """All rows of the suite, each also handed to ``say``. Raises ValueError without the device it needs."""
     shapes, device, repeats = SUITES[name]
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"suite: got {name!r} on a machine without a CUDA device, expected one of 'quick'")
+        reject("suite", f"{name!r} on a machine without a CUDA device", "'quick'")
     rows = []
     for shape in shapes:
         for row in _rows(shape, device, repeats):

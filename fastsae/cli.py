@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastsae.checks import FastSAEError
+from fastsae.checks import FastSAEError, reject
 from fastsae.files import write_json
 
 app = typer.Typer(
@@ -53,15 +53,17 @@ def demo(
 
     Example: fastsae demo && open runs/demo/report.html
     """
-    from fastsae.training.run import OPTIONS_FILE
+    from fastsae.training.run import OPTIONS_FILE, RunOptions, read_yaml
 
-    if out.exists() and not resume:
-        if any(out.iterdir()) and not (out / OPTIONS_FILE).exists():
-            raise FastSAEError(
-                f"out: got {out}, which holds other files than a demo's, expected a new or empty folder"
-            )
+    options = DEMO | {"out": str(out)}
+    RunOptions(**options)  # nothing is replaced by a demo that can't run
+    if out.exists() and any(out.iterdir()) and not resume:
+        file = out / OPTIONS_FILE
+        found = read_yaml(file) if file.exists() else {}
+        if any(found.get(name) != value for name, value in DEMO.items()):
+            reject("out", f"{out}, which holds other files than a demo's", "a new or empty folder")
         shutil.rmtree(out)
-    _run(DEMO | {"out": str(out)}, resume)
+    _run(options, resume)
 
 
 DEMO: dict[str, Any] = {

@@ -141,7 +141,7 @@ class SAEConfig:
         normalization: "none"; "scalar", x times one stored number that makes E||x||^2 = d_in; or
             "layer_norm", each token centred and divided by its standard deviation, undone by decode.
         subtract_b_dec: encode x - b_dec. None: yes for TopK and BatchTopK autoencoders, no otherwise.
-        unit_norm_decoder: keep decoder rows at length 1. None: yes for TopK and BatchTopK, no otherwise.
+        unit_norm_decoder: keep decoder rows at length 1. None: yes for TopK and BatchTopK autoencoders.
         reconstruction: "fvu", sum of squared errors over the batch's variance about its mean; or
             "squared_error", squared error summed over d_out, mean over tokens. None: "fvu" for TopK and
             BatchTopK, else "squared_error", the scale that published sparsity coefficients are meant for.
@@ -196,7 +196,9 @@ class SAEConfig:
             "subtract_b_dec": top and d_out == self.d_in
             if self.subtract_b_dec is None
             else self.subtract_b_dec,
-            "unit_norm_decoder": top if self.unit_norm_decoder is None else self.unit_norm_decoder,
+            "unit_norm_decoder": top and d_out == self.d_in
+            if self.unit_norm_decoder is None
+            else self.unit_norm_decoder,
             "reconstruction": self.reconstruction or ("fvu" if top else "squared_error"),
         }
         for name, value in resolved.items():

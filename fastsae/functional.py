@@ -15,7 +15,7 @@ from fastsae.config import Activation, BatchTopK, JumpReLU, ReLU, TopK
 
 __all__ = ["decode", "encode"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def encode(
@@ -187,7 +187,7 @@ def _check_weights(name: str, W: Tensor, bias_name: str, b: Tensor | None, bias_
         reject(
             name, f"shape {tuple(W.shape)}, contiguous={W.is_contiguous()}", "a contiguous [n_latents, width]"
         )
-    if W.dtype not in _DTYPES:
+    if W.dtype not in DTYPES:
         reject(name, W.dtype, "float32, bfloat16, float16 or float64")
     if b is not None:
         check_type(bias_name, b, Tensor, "a tensor or None")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class SAE(nn.Module):
 
     A drop-in module: any leading shape in, the same out; inputs are raw, normalisation is inside. Decoder
     rows start as random directions (length 1, or 0.1 where the rows aren't kept at unit length), W_enc =
-    W_dec, biases 0; a transcoder (d_out != d_in) starts with W_dec = 0.
+    W_dec, biases 0. Where d_out differs from d_in, W_dec starts at 0 (random directions if kept at length 1).
 
     Attributes:
         W_enc, b_enc, W_dec, b_dec: [M, d_in], [M], [M, d_out], [d_out]; one row per latent.
@@ -73,12 +74,13 @@ class SAE(nn.Module):
         super().__init__()
         check_type("config", config, SAEConfig, "an SAEConfig")
         check_type("dtype", dtype, torch.dtype, "a torch dtype")
-        if not dtype.is_floating_point:
-            reject("dtype", dtype, "a floating dtype")
+        if dtype not in F.DTYPES:
+            reject("dtype", dtype, "float32, bfloat16, float16 or float64")
         check_choice("weight_format", weight_format, ("float32",))
         resolve(backend)
         self.config, self.weight_format = config, weight_format
         self.sparse_grad, self.backend = sparse_grad, backend
+        self._optimizer: weakref.ref | None = None
         m = config.n_latents
         self.W_enc = nn.Parameter(torch.empty(m, config.d_in, device=device, dtype=dtype))
         self.b_enc = nn.Parameter(torch.empty(m, device=device, dtype=dtype))
@@ -105,6 +107,8 @@ class SAE(nn.Module):
             self.W_enc.mul_(0.1)
         if self.config.d_out == self.config.d_in:
             self.W_dec.copy_(self.W_enc)
+        elif self.config.unit_norm_decoder:
+            self.W_dec.copy_(nn.functional.normalize(self.W_dec.normal_(), dim=1))
         else:
             self.W_dec.zero_()
 
@@ -307,9 +311,24 @@ class SAE(nn.Module):
         return losses.upcast(getattr(self, name).detach())
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write config.json and model.safetensors: both whole on disk before either takes its place."""
+        """Write config.json and model.safetensors: both whole on disk before either takes its place.
+
+        Rows that a deferred :class:`fastsae.optim.RowAdam` over this module has yet to bring up to date are
+        written up to date; the module itself stays as it is.
+        """
         tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is not None:
+            pending = {name: optimizer.flushed(param) for name, param in self.named_parameters()}
+            tensors |= {name: weight for name, weight in pending.items() if weight is not None}
         write_dictionary(Path(directory), self.config, tensors)
+
+    def export_from(self, optimizer: Any) -> None:
+        """Let :meth:`save` write weights as ``optimizer.flushed(param)`` gives them (RowAdam calls this)."""
+        self._optimizer = weakref.ref(optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_optimizer": None}  # a copy has no optimizer
 
     @classmethod
     def load(

@@ -180,6 +180,41 @@ def test_demo_replaces_only_a_demo(fastsae, tmp_path):
     assert (tmp_path / "thesis.tex").exists()
 
 
+def test_demo_replaces_no_other_run(fastsae, data, tmp_path):
+    fastsae("train", "--activations", data, "--out", tmp_path / "run", *SMALL)
+    code, _, err = fastsae("demo", "--out", tmp_path / "run")
+    assert code == 1
+    assert "which holds other files" in err
+    assert SAE.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("tpu9", "device: got 'tpu9'"), ("meta", "device: got 'meta'")]
+)
+def test_bad_device(fastsae, data, tmp_path, device, message):
+    code, _, err = fastsae("train", "--activations", data, "--out", tmp_path / "run", "--device", device)
+    assert (code, message in err) == (1, True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_run_is_refused_before_the_model_runs(fastsae, data, tmp_path, monkeypatch):
+    from fastsae.training import run
+
+    fastsae("train", "--activations", data, "--out", tmp_path / "run", *SMALL)
+    monkeypatch.setattr(run, "_activations", lambda options: pytest.fail("the activations were computed"))
+    code, _, err = fastsae("train", "--activations", data, "--out", tmp_path / "run", *SMALL)
+    assert (code, "holds a run" in err) == (1, True)
+
+
+def test_a_missing_extra_is_named_before_any_work(fastsae, data, tmp_path, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, _, err = fastsae("train", "--activations", data, "--out", tmp_path / "run", "--tensorboard", *SMALL)
+    assert (code, "pip install fastsae[tensorboard]" in err) == (1, True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_eval_of_no_run(fastsae, tmp_path):
     code, _, err = fastsae("eval", tmp_path)
     assert code == 1

@@ -778,7 +778,7 @@ def test_damaged_files_are_refused(tmp_path, damage, message):
         (
             lambda sae: SAE(sae.config, dtype=torch.int32),
             ValueError,
-            "dtype: got torch.int32, expected a floating",
+            "dtype: got torch.int32, expected float32",
         ),
         (
             lambda sae: SAE(sae.config, weight_format="int4"),

@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from fastsae import SAE, AuxK, DecoderNormL1, ReLU, SAEConfig, TopK
 from fastsae.data import Batches, ShuffleBuffer
@@ -79,8 +80,11 @@ def test_an_exported_dictionary_is_flushed_and_the_checkpoint_is_not(tmp_path, x
     trainer = make(tmp_path / "run", x)
     trainer.fit()
     pending = load_checkpoint(latest_checkpoint(tmp_path / "run/checkpoints"))
-    assert torch.equal(SAE.load(tmp_path / "run").W_enc, trainer.sae.W_enc)
-    assert not torch.equal(pending["sae"]["W_enc"], trainer.sae.W_enc)
+    exported = SAE.load(tmp_path / "run")
+    assert torch.equal(pending["sae"]["W_enc"], trainer.sae.W_enc)
+    assert not torch.equal(exported.W_enc, trainer.sae.W_enc)
+    trainer.opt.flush_()
+    assert same_weights(exported, trainer.sae)
     steps = pending["optimizer"]["state"][0]["last_step"]
     assert steps.dtype == torch.int32
     assert steps.min() < 20
@@ -126,6 +130,39 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, x, kind):
     assert same_weights(again.sae, whole.sae)
 
 
+def test_fitting_again_after_a_stop_goes_on_bit_for_bit(tmp_path, x):
+    whole = make(tmp_path / "whole", x)
+    whole.fit()
+    parts = make(tmp_path / "parts", x)
+    steps = parts._steps
+    stop_after(parts, 8)
+    parts._steps = steps
+    parts.activations.load_state_dict(parts.activations.state_dict())
+    parts.fit()
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert same_weights(parts.sae, whole.sae)
+
+
+def test_a_loader_that_draws_from_torchs_generator_resumes_bit_for_bit(tmp_path, x):
+    def source():
+        return DataLoader(TensorDataset(x), batch_size=32, shuffle=True)
+
+    whole = make(tmp_path / "whole", x, batches=source())
+    whole.fit()
+    stop_after(parts := make(tmp_path / "parts", x, batches=source()), 8)
+    assert parts.step == 8
+    again = make(tmp_path / "parts", x, batches=source())
+    again.fit(resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_activations_that_end_early_are_told(tmp_path, x, caplog):
+    trainer = make(tmp_path, x, batches=list(x[:160].split(32)), n_steps=8)
+    assert trainer.fit()["step"] == 5
+    assert make(None, x, batches=list(x[:160].split(32)), n_steps=8, log_every=3).fit()["step"] == 5
+    assert "the activations ended after 5 of 8 steps" in caplog.text
+
+
 def test_resume_of_a_finished_run_changes_nothing(tmp_path, x):
     first = make(tmp_path, x)
     row = first.fit()
@@ -149,11 +186,18 @@ def test_a_run_is_not_overwritten(tmp_path, x):
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, x):
     make(tmp_path, x).fit()
-    with pytest.raises(ValueError, match="resume: got a checkpoint of a run of 20 steps, expected one of 30"):
-        make(tmp_path, x, n_steps=30).fit(resume=True)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    for changes, message in (
+        ({"n_steps": 30}, "a checkpoint with n_steps = 20, expected n_steps = 30"),
+        ({"lr": 0.5}, "a checkpoint with lr = 0.01, expected lr = 0.5"),
+        ({"mode": "dense"}, "a checkpoint with mode = deferred, expected mode = dense"),
+    ):
+        with pytest.raises(ValueError, match=f"resume: got {message}"):
+            make(tmp_path, x, **changes).fit(resume=True)
     sae = SAE(SAEConfig(8, 64, TopK(3)))
-    with pytest.raises(ValueError, match="resume: got a checkpoint of"):
+    with pytest.raises(ValueError, match="got a checkpoint with n_latents = 32, expected n_latents = 64"):
         Trainer(sae, Batches(x, 32), dataclasses.replace(CONFIG, out=tmp_path)).fit(resume=True)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 def test_nan_batches_are_skipped_and_counted(tmp_path, x):

@@ -21,6 +21,8 @@ BLOCK_SCORES = 2**22
 """Scores held at a time, 16 MiB in fp32: stays in a last-level cache (measured at N = 1024, D = 384)."""
 MAX_TOKENS = 1024
 """Tokens encoded at a time, so that a block of scores has enough columns for a good GEMM."""
+BLOCK_WEIGHTS = 2**24
+"""Weights scored at a time: the copy that a subset or half-precision weights need stays small."""
 MIN_COLUMNS = 1024
 """Columns in a block, at least: below, threads have too little to share."""
 GROUP = 32
@@ -50,8 +52,7 @@ def encode(
     else:
         assert threshold is not None
         cut = _upcast(threshold).clamp_min(0)
-        found = _scan(x, latents, lambda scores, lo, hi: scores > (cut[lo:hi] if cut.ndim else cut))
-        values, columns, offsets = _to_csr(*found, x.shape[0])
+        values, columns, offsets = _encode_threshold(x, latents, cut)
     indices = columns if subset is None else subset[columns.long()]
     return values.relu().to(W_enc.dtype), indices.int(), offsets
 
@@ -80,8 +81,9 @@ class _Latents:
         return _scores(x, self.W[rows], None if self.b is None else self.b[rows])
 
 
-def _block_width(n_tokens: int) -> int:
-    return max(MIN_COLUMNS, BLOCK_SCORES // max(n_tokens, 1) // GROUP * GROUP)
+def _block_width(n_tokens: int, d_in: int) -> int:
+    width = min(BLOCK_SCORES // max(n_tokens, 1), BLOCK_WEIGHTS // max(d_in, 1))
+    return max(MIN_COLUMNS, width // GROUP * GROUP)
 
 
 class _RowBest:
@@ -94,8 +96,7 @@ class _RowBest:
 
     def append(self, rows: Tensor, columns: Tensor, values: Tensor) -> None:
         """Add entries sorted by row, then column; columns above all earlier ones of the row."""
-        added = torch.bincount(rows, minlength=len(self.count))
-        slot = torch.arange(len(rows), device=rows.device) + (self.count - added.cumsum(0) + added)[rows]
+        slot, added = _slots(rows, self.count)
         self.count += added
         if (missing := int(self.count.max()) - self.values.shape[1]) > 0:
             missing = max(missing, self.k)
@@ -120,7 +121,7 @@ def _encode_topk(x: Tensor, latents: _Latents, k: int) -> tuple[Tensor, Tensor]:
     if n == 0 or k == 0:
         return best.values.view(n, k), best.columns.view(n, k)
     # the first block must hold k columns, and 2k groups make a sharp first threshold
-    width = max(_block_width(n), -(-k // GROUP) * GROUP)
+    width = max(_block_width(n, x.shape[1]), -(-k // GROUP) * GROUP)
     group = max(g for g in (1, 2, 4, 8, 16, GROUP) if g == 1 or min(width, m) // g >= 2 * k)
     tau: Tensor | None = None
     next_cut = 1
@@ -179,7 +180,7 @@ def _encode_batchtopk(x: Tensor, latents: _Latents, keep: int) -> tuple[Tensor, 
 
     for tokens in range(0, n, MAX_TOKENS):
         part = x[tokens : tokens + MAX_TOKENS]
-        width = _block_width(part.shape[0])
+        width = _block_width(*part.shape)
         for lo in range(0, m, width):
             scores = latents.scores(part, lo, lo + width)
             # >=: a later entry equal to the last one kept may have the lower place n * M + m
@@ -205,23 +206,36 @@ def _cut(rows, columns, values, keep, m):
     return rows[kept], columns[kept], values[kept], tau
 
 
-def _scan(x: Tensor, latents: _Latents, passes) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, columns, values of all scores that ``passes(scores, lo, hi)``; columns ascend in a row."""
-    found = []
-    for tokens in range(0, x.shape[0], MAX_TOKENS):
-        part = x[tokens : tokens + MAX_TOKENS]
-        width = _block_width(part.shape[0])
-        for lo in range(0, len(latents), width):
-            hi = min(lo + width, len(latents))
-            scores = latents.scores(part, lo, hi)
-            rows, columns = passes(_rank(scores), lo, hi).nonzero(as_tuple=True)
-            found.append((rows + tokens, columns + lo, scores[rows, columns]))
-    if not found:
-        empty = torch.empty(0, dtype=torch.int64, device=x.device)
-        return empty, empty, x.new_empty(0)
-    rows, columns, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-    order = rows.argsort(stable=True)
-    return rows[order], columns[order], values[order]
+def _encode_threshold(x: Tensor, latents: _Latents, cut: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All scores above ``cut``, scalar or [M], by row, then column."""
+    parts = [_above(part, latents, cut) for part in x.split(MAX_TOKENS)]
+    values, columns, counts = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return values, columns, torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _above(x: Tensor, latents: _Latents, cut: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    found, counts = [], torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    width = _block_width(*x.shape)
+    for lo in range(0, len(latents), width):
+        hi = min(lo + width, len(latents))
+        scores = latents.scores(x, lo, hi)
+        rows, columns = (_rank(scores) > (cut[lo:hi] if cut.ndim else cut)).nonzero(as_tuple=True)
+        found.append((rows.int(), (columns + lo).int(), scores[rows, columns]))
+        counts += torch.bincount(rows, minlength=len(x))
+    total, place = int(counts.sum()), counts.cumsum(0) - counts
+    values = x.new_empty(total)
+    all_columns = torch.empty(total, dtype=torch.int32, device=x.device)
+    for narrow_rows, block_columns, block in found:
+        slots, added = _slots(narrow_rows.long(), place)
+        values[slots], all_columns[slots] = block, block_columns
+        place += added
+    return values, all_columns, counts
+
+
+def _slots(rows: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
+    """Where entries sorted by row go after each row's ``taken`` ones; and entries per row."""
+    added = torch.bincount(rows, minlength=len(taken))
+    return torch.arange(len(rows), device=rows.device) + (taken - added.cumsum(0) + added)[rows], added
 
 
 def _to_csr(rows: Tensor, columns: Tensor, values: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:

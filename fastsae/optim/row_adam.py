@@ -36,7 +36,7 @@ class RowAdam(torch.optim.Optimizer):
         C = sum_{u = t+1..T} lr_u r^(u-t) sqrt(1 - b2^u) / (1 - b1^u),   r = b1 / sqrt b2
 
     which is where dense Adam with zero gradients would have taken it, whatever the learning-rate schedule, as
-    long as sqrt v stays well above eps (with b1 > sqrt b2 and idle spells of hundreds of steps it may not).
+    long as sqrt v stays well above eps (where b1 > sqrt b2 it may sink to it; the sum ends there).
     Until then the row is read up to C m / sqrt v stale; :meth:`flush_` brings all rows up to date.
 
     Args:
@@ -49,7 +49,7 @@ class RowAdam(torch.optim.Optimizer):
 
     Gradients are read from ``.grad``, dense or row-sparse COO, by :meth:`step`; a row is touched if any entry
     of its gradient isn't 0. :func:`fastsae.training.train_step` feeds rows directly, without gradient
-    tensors.
+    tensors. Steps are counted for a group, where torch.optim.Adam counts each parameter's own.
 
     Source: Kingma & Ba 2015, arXiv 1412.6980; the coast by summing its update with zero gradients.
     """
@@ -64,36 +64,26 @@ class RowAdam(torch.optim.Optimizer):
         state_dtype: str = "float32",
         backend: Backend = "auto",
     ) -> None:
-        check_number("lr", lr, low=0.0)
-        check_type("betas", betas, (tuple, list), "two numbers in [0, 1)")
-        if len(betas) != 2:
-            reject("betas", betas, "two numbers in [0, 1)")
-        for i, beta in enumerate(betas):
-            check_number(f"betas[{i}]", beta, low=0.0)
-            if beta >= 1:
-                reject(f"betas[{i}]", beta, "a number in [0, 1)")
-        check_number("eps", eps, low=0.0)
-        check_choice("mode", mode, ("dense", "lazy", "deferred"))
         check_choice("state_dtype", state_dtype, ("float32",))
         resolve(backend)
         self.backend = backend
-        if isinstance(params, SAE):
-            params = [
-                {"params": [params.W_enc, params.b_enc], "row_sparse": True},
-                {"params": [params.W_dec], "row_sparse": True, "unit_norm": params.config.unit_norm_decoder},
-                {"params": [params.b_dec]},
-            ]
-        elif isinstance(params, nn.Module):
-            params = params.parameters()
         defaults = {
             "lr": lr,
-            "betas": tuple(betas),
+            "betas": betas,
             "eps": eps,
             "mode": mode,
             "row_sparse": None,
             "unit_norm": False,
         }
-        super().__init__(params, defaults | {"steps": 0, "coast": None})
+        _check_group(defaults)
+        super().__init__(_groups(params), defaults | {"steps": 0, "coast": None})
+        if isinstance(params, SAE):
+            params.export_from(self)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a group; what it sets for itself is checked like the arguments of the constructor."""
+        _check_group(self.defaults | param_group)
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -110,7 +100,7 @@ class RowAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
-                    rows, grad = _touched(param.grad, dense=not self._by_rows(group, param))
+                    rows, grad = _touched(param.grad, dense=not self._by_rows(param))
                     self.update_rows_(param, rows, _slicer(grad))
         self.end_step_()
         return loss
@@ -119,16 +109,22 @@ class RowAdam(torch.optim.Optimizer):
     def flush_(self) -> None:
         """Deferred: bring every row up to date, as dense Adam would have it. Nothing in the other modes."""
         for group in self.param_groups:
-            if group["mode"] != "deferred" or not group["steps"]:
-                continue
             for param in group["params"]:
-                if self._by_rows(group, param) and param in self.state:
+                if self._owes(group, param):
                     for lo, hi in self._blocks(param):
-                        behind = (self.row_steps(param)[lo:hi] < group["steps"]).nonzero().flatten() + lo
-                        if len(behind):
-                            self._update(
-                                group, param, slice(lo, hi) if len(behind) == hi - lo else behind, None
-                            )
+                        self._catch_up(group, [t[lo:hi] for t in self._tensors(param)])
+
+    @torch.no_grad()
+    def flushed(self, param: Tensor) -> Tensor | None:
+        """A copy of ``param`` as :meth:`flush_` would leave it; None if none of its rows owes anything."""
+        group = next((g for g in self.param_groups if any(p is param for p in g["params"])), None)
+        if group is None or not self._owes(group, param):
+            return None
+        weight, *states = self._tensors(param)
+        weight = weight.clone()
+        for lo, hi in self._blocks(param):
+            self._catch_up(group, [weight[lo:hi], *(t[lo:hi].clone() for t in states)])
+        return weight.view_as(param)
 
     def row_steps(self, param: Tensor) -> Tensor:
         """The step up to which each row of ``param`` is up to date, [M] int32."""
@@ -159,17 +155,17 @@ class RowAdam(torch.optim.Optimizer):
         group = self._group(param)
         if rows is None:
             for lo, hi in self._blocks(param):
-                self._update(group, param, slice(lo, hi), grad(lo, hi))
+                self._update(group, [t[lo:hi] for t in self._tensors(param)], None, grad(lo, hi))
         elif group["mode"] == "dense":
             for lo, hi in self._blocks(param):
                 first, last = torch.searchsorted(rows, torch.tensor([lo, hi], device=rows.device)).tolist()
                 block = torch.zeros(hi - lo, *param.shape[1:], dtype=_wide(param), device=param.device)
                 if last > first:
                     block[rows[first:last] - lo] = grad(first, last).to(block.dtype)
-                self._update(group, param, slice(lo, hi), block)
+                self._update(group, [t[lo:hi] for t in self._tensors(param)], None, block)
         else:
             for lo, hi in self._blocks(param, len(rows)):
-                self._update(group, param, rows[lo:hi], grad(lo, hi))
+                self._update(group, self._tensors(param), rows[lo:hi], grad(lo, hi))
 
     def end_step_(self) -> None:
         """Add this step's learning rate to what idle rows owe."""
@@ -178,7 +174,10 @@ class RowAdam(torch.optim.Optimizer):
                 coast = group["coast"]
                 if coast is None:
                     coast = torch.zeros(0, dtype=torch.float64, device=group["params"][0].device)
-                group["coast"] = _extend_coast(coast, group["steps"], float(group["lr"]), *group["betas"])
+                beta1, beta2 = group["betas"]
+                group["coast"] = _extend_coast(
+                    coast, group["steps"], float(group["lr"]), beta1, beta2, group["eps"]
+                )
 
     def _group(self, param: Tensor) -> dict:
         for group in self.param_groups:
@@ -186,8 +185,14 @@ class RowAdam(torch.optim.Optimizer):
                 return group
         reject("param", "a tensor of another optimizer", "a parameter of this one")
 
-    def _by_rows(self, group: dict, param: Tensor) -> bool:
-        return param.ndim == 2 if group["row_sparse"] is None else group["row_sparse"]
+    def _by_rows(self, param: Tensor) -> bool:
+        by_rows = self._group(param)["row_sparse"]
+        return param.ndim == 2 if by_rows is None else by_rows
+
+    def _owes(self, group: dict, param: Tensor) -> bool:
+        if group["mode"] != "deferred" or param not in self.state:
+            return False
+        return bool((self.row_steps(param) < group["steps"]).any())
 
     def _state(self, param: Tensor) -> dict[str, Tensor]:
         self._group(param)
@@ -205,20 +210,22 @@ class RowAdam(torch.optim.Optimizer):
         size = max(1, BLOCK_ELEMENTS // max(1, math.prod(param.shape[1:])))
         return [(lo, min(lo + size, n_rows)) for lo in range(0, n_rows, size)]
 
-    def _update(self, group: dict, param: Tensor, rows: Tensor | slice, grad: Tensor | None) -> None:
+    def _tensors(self, param: Tensor) -> list[Tensor]:
+        """Weight and moments as [rows, width] views, and last_step [rows]."""
         state = self._state(param)
-        wide = [
-            t.detach().view(t.shape[0] if t.ndim else 1, -1)
-            for t in (param, state["exp_avg"], state["exp_avg_sq"])
-        ]
-        last_step = state["last_step"]
-        places = None if isinstance(rows, slice) else rows
-        if isinstance(rows, slice):  # views of consecutive rows need no gather
-            wide, last_step = [t[rows] for t in wide], last_step[rows]
+        n_rows = param.shape[0] if param.ndim else 1
+        moments = (param.detach(), state["exp_avg"], state["exp_avg_sq"])
+        return [*(t.view(n_rows, -1) for t in moments), state["last_step"]]
+
+    def _catch_up(self, group: dict, tensors: list[Tensor]) -> None:
+        behind = (tensors[-1] < group["steps"]).nonzero().flatten()
+        if len(behind):  # where all rows are, views need no gather
+            self._update(group, tensors, None if len(behind) == len(tensors[-1]) else behind, None)
+
+    def _update(self, group: dict, tensors: list[Tensor], rows: Tensor | None, grad: Tensor | None) -> None:
         torch.ops.fastsae.row_update(
-            *wide,
-            last_step,
-            places,
+            *tensors,
+            rows,
             None if grad is None else grad.reshape(grad.shape[0], -1),
             group["coast"] if group["mode"] == "deferred" else None,
             float(group["lr"]),
@@ -228,6 +235,29 @@ class RowAdam(torch.optim.Optimizer):
             group["unit_norm"],
             resolve(self.backend),
         )
+
+
+def _check_group(group: dict) -> None:
+    check_number("lr", float(group["lr"]) if isinstance(group["lr"], Tensor) else group["lr"], low=0.0)
+    check_type("betas", group["betas"], (tuple, list), "two numbers in [0, 1)")
+    if len(group["betas"]) != 2:
+        reject("betas", group["betas"], "two numbers in [0, 1)")
+    for i, beta in enumerate(group["betas"]):
+        check_number(f"betas[{i}]", beta, low=0.0)
+        if beta >= 1:
+            reject(f"betas[{i}]", beta, "a number in [0, 1)")
+    check_number("eps", group["eps"], low=0.0)
+    check_choice("mode", group["mode"], ("dense", "lazy", "deferred"))
+
+
+def _groups(params: nn.Module | Iterable) -> Iterable:
+    if isinstance(params, SAE):
+        return [
+            {"params": [params.W_enc, params.b_enc], "row_sparse": True},
+            {"params": [params.W_dec], "row_sparse": True, "unit_norm": params.config.unit_norm_decoder},
+            {"params": [params.b_dec]},
+        ]
+    return params.parameters() if isinstance(params, nn.Module) else params
 
 
 def _slicer(grad: Tensor) -> Callable[[int, int], Tensor]:
@@ -259,17 +289,23 @@ def _touched(grad: Tensor, dense: bool) -> tuple[Tensor | None, Tensor]:
     return rows[live], values[live]
 
 
-def _extend_coast(coast: Tensor, step: int, lr: float, beta1: float, beta2: float) -> Tensor:
-    """The coast table after ``step``: coast[t] += lr r^(step - t) sqrt(1 - beta2^step) / (1 - beta1^step) for
-    t < step.
+def _extend_coast(coast: Tensor, step: int, lr: float, beta1: float, beta2: float, eps: float) -> Tensor:
+    """The coast table after ``step``, which adds to coast[t], for each t < step,
+
+        lr r^(step - t) sqrt(1 - beta2^step) / (1 - beta1^step)
 
     The table grows by doubling; only its first step + 1 places mean something. Kept for every t, not as a
-    window of recent learning rates: a row long idle moved mostly right after its last touch.
+    window of recent learning rates: a row long idle moved mostly right after its last touch. Sums end where
+    the terms have vanished, or the decayed sqrt v has sunk to eps, which then holds the row still.
     """
     if len(coast) <= step:
         coast = torch.nn.functional.pad(coast, (0, max(256, 2 * step) - len(coast)))
     r = beta1 / math.sqrt(beta2) if beta2 else 0.0
-    reach = step if r >= 1 else min(step, math.ceil(math.log(_EPSILON) / math.log(r))) if r > 0 else 0
+    reach = step if r else 0
+    if 0 < r < 1:
+        reach = min(reach, math.ceil(math.log(_EPSILON) / math.log(r)))
+    if r and 0 < eps < 1:
+        reach = min(reach, math.ceil(2 * math.log(eps) / math.log(beta2)))
     age = torch.arange(reach, 0, -1, dtype=torch.float64, device=coast.device)
     coast[step - reach : step] += lr * math.sqrt(1 - beta2**step) / (1 - beta1**step) * r**age
     return coast

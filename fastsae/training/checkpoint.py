@@ -46,12 +46,15 @@ def save_checkpoint(folder: Path, step: int, tree: dict[str, Any], keep: int = 2
     (temporary / _PLAIN).write_text(json.dumps(plain))
     for path in (temporary / _TENSORS, temporary / _PLAIN, temporary):
         _sync(path)
-    if final.exists():  # the same step again, after a resume
-        shutil.rmtree(final)
-    os.replace(temporary, final)
-    _sync(folder)
+    if final.exists():  # the same step again, after a resume: its twin
+        shutil.rmtree(temporary)
+    else:
+        os.replace(temporary, final)
+        _sync(folder)
     for old in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        hidden = old.with_name(f".{old.name}.tmp")
+        os.replace(old, hidden)  # a half-removed checkpoint must not bear its name
+        shutil.rmtree(hidden)
     return final
 
 
@@ -78,7 +81,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().cpu().contiguous().clone()
+        tensors[name] = value.detach().cpu().contiguous()
         return {"tensor": name}
     if isinstance(value, dict):  # as pairs: keys may be integers
         return {"items": [[key, _flatten(item, f"{name}/{key}", tensors)] for key, item in value.items()]}

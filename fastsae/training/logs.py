@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from fastsae.checks import FastSAEError
 from fastsae.files import write_atomically
 
-__all__ = ["RunLog", "read_log"]
+__all__ = ["RunLog", "check_sinks", "read_log"]
 
 
 class RunLog:
@@ -38,7 +39,7 @@ class RunLog:
         self._file.write(_line(row))
         if self._tensorboard is not None:
             for name, value in row.items():
-                if name != "step":
+                if name != "step" and value is not None:
                     self._tensorboard.add_scalar(name, value, row["step"])
         if self._wandb is not None:
             self._wandb.log(row, step=row["step"])
@@ -68,19 +69,20 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(row) + "\n"
 
 
+def check_sinks(tensorboard: bool, wandb: str | None) -> None:
+    """Raise if an extra log is asked for whose package isn't installed."""
+    for wanted, package in ((tensorboard, "tensorboard"), (wandb, "wandb")):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise FastSAEError(f"{package}: not installed, expected `pip install fastsae[{package}]`")
+
+
 def _tensorboard(directory: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise FastSAEError(
-            "tensorboard: not installed, expected `pip install fastsae[tensorboard]`"
-        ) from error
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(directory / "tensorboard", purge_step=step + 1)
 
 
 def _wandb(directory: Path, project: str) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise FastSAEError("wandb: not installed, expected `pip install fastsae[wandb]`") from error
+    import wandb
+
     return wandb.init(project=project, dir=str(directory), name=directory.name, resume="allow")

@@ -25,7 +25,7 @@ from fastsae.evaluate import Evaluation, evaluate, top_examples, write_report
 from fastsae.files import write_atomically, write_json
 from fastsae.sae import SAE
 from fastsae.training.logs import read_log
-from fastsae.training.trainer import TrainConfig, Trainer
+from fastsae.training.trainer import TrainConfig, Trainer, check_vacant
 
 __all__ = ["RunOptions", "evaluate_run", "load_options", "run"]
 
@@ -111,6 +111,7 @@ class RunOptions:
             reject("model, hook, text", f"no {' and no '.join(missing)}", "all three, or activations")
         check_choice("activation", self.activation, _ACTIVATIONS)
         check_choice("dtype", self.dtype, _DTYPES)
+        _check_device(self.device)
         for name in ("batch_size", "held_out", "context"):
             check_number(name, getattr(self, name), integer=True, low=1)
         if self.tokens is not None:
@@ -134,10 +135,13 @@ class RunOptions:
         }
         if self.activation == "relu":
             return SAEConfig(activation=ReLU(), losses=(DecoderNormL1(self.l1),), **common)
-        dead_after = self.dead_after or max(1, min(n_tokens // 28, 10_000_000))
-        losses = (AuxK(self.auxk, dead_after=dead_after),) if self.auxk else ()
+        losses = (AuxK(self.auxk, dead_after=self.resolve_dead_after(n_tokens)),) if self.auxk else ()
         rule = TopK(self.k) if self.activation == "topk" else BatchTopK(self.k)
         return SAEConfig(activation=rule, losses=losses, **common)
+
+    def resolve_dead_after(self, n_tokens: int) -> int:
+        """Tokens without firing that make a latent dead in a run of ``n_tokens``."""
+        return self.dead_after or max(1, min(n_tokens // 28, 10_000_000))
 
     def train_config(self) -> TrainConfig:
         """The trainer's share of the options."""
@@ -156,6 +160,8 @@ def run(options: RunOptions, *, resume: bool = False) -> dict[str, Any] | None:
         The contents of metrics.json; None where a signal stopped the training (``resume`` continues it).
     """
     out = Path(options.out)
+    if not resume:
+        check_vacant(out)
     store = _activations(options)
     log.info("activations: %s tokens of width %d, %s", f"{len(store):,}", store.d_in, store.path)
     train_rows, held_out = _split(store, options)
@@ -172,13 +178,19 @@ def run(options: RunOptions, *, resume: bool = False) -> dict[str, Any] | None:
     sample = store[train_rows[:_CALIBRATION_TOKENS]]
     sample = sample[sample.isfinite().all(1)]
     sae.calibrate_(sample.to(device, sae.W_enc.dtype))
-    trainer = Trainer(sae, batches, options.train_config())
+    dead_after = options.resolve_dead_after(batches.n_tokens)
+    trainer = Trainer(sae, batches, dataclasses.replace(options.train_config(), dead_after=dead_after))
     trainer.open(resume=resume)
     save_options(options)
+    if options.dtype != "float32":
+        log.warning(
+            "%s weights round to nearest: small updates are lost, float32 trains better", options.dtype
+        )
     log.info("training %s on %s tokens of width %d", sae, f"{batches.n_tokens:,}", store.d_in)
     final = trainer.fit()
     if trainer.stopped:
         return None
+    sae = SAE.load(out, device=device)
     log.info("evaluating on %s held-out tokens", f"{len(held_out):,}")
     evaluation = _evaluate(sae, store, held_out, options)
     metrics = {**evaluation.to_dict(), "held_out_tokens": len(held_out), "tokens": final["tokens"]}
@@ -244,6 +256,16 @@ def _check_field(field: dataclasses.Field, value: Any) -> None:
     check_type(field.name, value, tuple(allowed), " or ".join(names))
 
 
+def _check_device(device: str | None) -> None:
+    try:
+        kind = torch.device(device or "cpu").type
+    except RuntimeError:
+        kind = None
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        found = "cpu or cuda" if torch.cuda.is_available() else "cpu, since torch finds no CUDA device"
+        reject("device", repr(device), found)
+
+
 def _activations(options: RunOptions) -> ActivationStore:
     if options.activations is not None:
         return open_activations(options.activations)
@@ -271,7 +293,7 @@ def _split(store: ActivationStore, options: RunOptions):
 
 def _evaluate(sae: SAE, store: ActivationStore, rows, options: RunOptions) -> Evaluation:
     batches = Batches(store, options.batch_size, rows=rows, shuffle=False, drop_last=False)
-    return evaluate(sae, (x.to(sae.W_enc.device, sae.W_enc.dtype) for x in batches))
+    return evaluate(sae, batches)
 
 
 def _report(

@@ -165,6 +165,7 @@ class _Gradients:
     def __init__(self, sae: SAE, forward: _Forward) -> None:
         self.sae, self.forward, self.backend = sae, forward, resolve(sae.backend)
         f, m = forward, sae.config.n_latents
+        self.x = losses.upcast(f.x)
         grad_values = _ops.code_grad(f.grad_y, sae.W_dec, f.indices, f.offsets, self.backend)
         if f.l1:
             main = slice(int(f.offsets[f.n_tokens]))
@@ -174,7 +175,7 @@ class _Gradients:
         active = int((latents < m).sum())
         self.latents, self.starts = latents[:active], starts[: active + 1]
         self.coefs, self.grad_pre = losses.upcast(f.values)[order], grad_pre[order]
-        self.b_enc = self._sum(self.grad_pre, f.x.new_ones(len(f.x), 1), 0, active)
+        self.b_enc = self._sum(self.grad_pre, self.x.new_ones(len(f.x), 1), 0, active)
         self.b_dec = f.grad_y[: f.n_tokens].sum(0)
         if sae.config.subtract_b_dec:
             one_row, rows = torch.tensor([0, active], device=f.x.device), self.latents.int()
@@ -187,7 +188,7 @@ class _Gradients:
         ]).sum()  # fmt: skip
 
     def W_enc(self, lo: int, hi: int) -> Tensor:
-        return self._sum(self.grad_pre, self.forward.x, lo, hi)
+        return self._sum(self.grad_pre, self.x, lo, hi)
 
     def W_dec(self, lo: int, hi: int) -> Tensor:
         f = self.forward

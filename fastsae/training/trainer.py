@@ -26,7 +26,7 @@ from fastsae.training.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
-from fastsae.training.logs import RunLog, read_log
+from fastsae.training.logs import RunLog, check_sinks, read_log
 from fastsae.training.step import train_step
 
 __all__ = ["NotFinite", "TrainConfig", "Trainer"]
@@ -55,6 +55,7 @@ class TrainConfig:
         on_nan: "skip" leaves a batch with NaN or Inf out and counts it; "stop" ends the run with an error.
         log_every, checkpoint_every: in steps; None for checkpoints writes only the last one.
         keep_checkpoints: how many of the newest to keep.
+        dead_after: tokens without firing that make a latent dead in the logs; None: as AuxK says, else 10 M.
         tensorboard, wandb: extra logs: a flag, and a project name.
         progress: show a progress bar.
 
@@ -77,6 +78,7 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_every: int | None = 1000
     keep_checkpoints: int = 2
+    dead_after: int | None = None
     tensorboard: bool = False
     wandb: str | None = None
     progress: bool = True
@@ -87,9 +89,10 @@ class TrainConfig:
         if self.warmup + self.decay > 1:
             reject("warmup + decay", self.warmup + self.decay, "at most 1")
         check_choice("on_nan", self.on_nan, ("skip", "stop"))
-        for name in ("n_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) is not None or name not in ("n_steps", "checkpoint_every"):
+        for name in ("n_steps", "log_every", "checkpoint_every", "keep_checkpoints", "dead_after"):
+            if getattr(self, name) is not None or name in ("log_every", "keep_checkpoints"):
                 check_number(name, getattr(self, name), integer=True, low=1)
+        check_sinks(self.tensorboard, self.wandb)
 
 
 class Trainer:
@@ -115,6 +118,7 @@ class Trainer:
         self.stopped = self._opened = False
         self._signal: int | None = None
         self._next_line = 0
+        self._first_random = random_state()
 
     def open(self, *, resume: bool = False) -> None:
         """Make ready ``config.out``; :meth:`fit` does it where it hasn't been done.
@@ -130,11 +134,10 @@ class Trainer:
         if self.config.out is None:
             return
         out = Path(self.config.out)
-        found = latest_checkpoint(out / "checkpoints")
-        if not resume and (found or (out / "log.jsonl").exists()):
-            reject("out", f"{out}, which holds a run", "another folder, or resume (--resume) to continue it")
+        if not resume:
+            check_vacant(out)
         out.mkdir(parents=True, exist_ok=True)
-        if found:
+        if found := latest_checkpoint(out / "checkpoints"):
             self.load_checkpoint(found)
 
     def fit(self, *, resume: bool = False) -> dict[str, Any]:
@@ -156,6 +159,7 @@ class Trainer:
         """
         if not self._opened:
             self.open(resume=resume)
+        self.stopped, self._signal = False, None
         out = None if self.config.out is None else Path(self.config.out)
         log, row = None, {}
         if out is not None:
@@ -179,7 +183,6 @@ class Trainer:
                 log.close()
         if out is not None:
             self.save_checkpoint()
-            self.opt.flush_()
             self.sae.save(out)
         return row | {"skipped": self.skipped, "seconds": round(self.seconds, 3)}
 
@@ -190,6 +193,7 @@ class Trainer:
         while self.step < self.n_steps and not self.stopped:
             batch = next(batches, None)
             if batch is None:
+                _log.warning("the activations ended after %d of %d steps", self.step, self.n_steps)
                 break
             x, target = self._unpack(batch)
             for group in self.opt.param_groups:
@@ -201,20 +205,22 @@ class Trainer:
             self.stopped = self._signal is not None
             if metrics["skipped"]:
                 self._skip()
-            last = self.step == self.n_steps or self.stopped
-            if self.step % config.log_every == 0 or last:
-                now = time.perf_counter()
-                tokens = x.shape[:-1].numel() * (self.step - since)
-                yield self._row(metrics, tokens / (now - start))
-                self.seconds += now - start
+            if self.step % config.log_every == 0 or self.step == self.n_steps or self.stopped:
+                yield self._row(metrics, x, self.step - since, start)
                 start, since = time.perf_counter(), self.step
-            every = config.checkpoint_every if config.out else None
-            if every and self.step % every == 0 and not last:
+            if config.out and config.checkpoint_every and self.step % config.checkpoint_every == 0:
                 self.save_checkpoint()
+        if self.step > since:  # the activations ended between two rows
+            yield self._row(
+                metrics, x.shape[:-1].numel() * (self.step - since) / (time.perf_counter() - start)
+            )
 
     def _unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """Input and target of a batch, where and as the weights are."""
-        x, target = batch if isinstance(batch, tuple | list) else (batch, None)
+        parts = batch if isinstance(batch, tuple | list) else [batch]
+        if len(parts) not in (1, 2):
+            reject("activations", f"a batch of {len(parts)} parts", "a tensor, or a pair of input and target")
+        x, target = (*parts, None)[:2]
         x = x.x if isinstance(x, Activations) else x
         if isinstance(x, dict):
             if self.config.hook not in x:
@@ -233,15 +239,17 @@ class Trainer:
                 f"activations: got NaN or Inf in the batch of step {self.step}, expected finite numbers"
             )
 
-    def _row(self, metrics: dict[str, Tensor], speed: float) -> dict[str, Any]:
+    def _row(self, metrics: dict[str, Tensor], x: Tensor, steps: int, start: float) -> dict[str, Any]:
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
         numbers = {name: t.item() for name, t in metrics.items() if name not in ("n_dead", "skipped")}
         return {
             "step": self.step,
             "tokens": int(self.sae.tokens_seen),
             **{name: value if value == value else None for name, value in numbers.items()},  # JSON has no NaN
-            "dead_share": metrics["n_dead"].item() / self.sae.config.n_latents,
+            "dead_share": len(self.sae.dead_latents(self.config.dead_after)) / self.sae.config.n_latents,
             "lr": self.opt.param_groups[0]["lr"],
-            "tokens_per_s": speed,
+            "tokens_per_s": x.shape[:-1].numel() * steps / seconds,
             "skipped": self.skipped,
         }
 
@@ -256,10 +264,15 @@ class Trainer:
         self._signal = number
 
     def _batches(self) -> Iterator:
-        stateful = hasattr(self.activations, "load_state_dict")
+        if hasattr(self.activations, "load_state_dict") or not self.step:
+            return iter(self.activations)
+        # draw the used batches again, from the random state in which they were drawn first
+        now = random_state()
+        restore_random_state(self._first_random)
         batches = iter(self.activations)
-        for _ in range(0 if stateful else self.step):
+        for _ in range(self.step):
             next(batches, None)
+        restore_random_state(now)
         return batches
 
     def save_checkpoint(self) -> Path:
@@ -267,14 +280,14 @@ class Trainer:
         data = self.activations.state_dict() if hasattr(self.activations, "state_dict") else None
         tree = {
             "step": self.step,
-            "n_steps": self.n_steps,
             "skipped": self.skipped,
             "seconds": self.seconds,
-            "config": self.sae.config.to_dict(),
+            "run": self._identity(),
             "sae": dict(self.sae.state_dict()),
             "optimizer": self.opt.state_dict(),
             "activations": data,
             "random": random_state(),
+            "first_random": self._first_random,
         }
         folder = Path(self.config.out or ".") / "checkpoints"
         return save_checkpoint(folder, self.step, tree, self.config.keep_checkpoints)
@@ -282,20 +295,32 @@ class Trainer:
     def load_checkpoint(self, path: Path) -> None:
         """Restore :meth:`save_checkpoint`'s; ValueError if it is of another dictionary or length."""
         tree = load_checkpoint(path)
-        if tree["config"] != _plain(self.sae.config.to_dict()):
-            reject(
-                "resume", f"a checkpoint of {tree['config']}", f"one of {_plain(self.sae.config.to_dict())}"
-            )
-        if tree["n_steps"] != self.n_steps:
-            reject(
-                "resume", f"a checkpoint of a run of {tree['n_steps']} steps", f"one of {self.n_steps} steps"
-            )
+        for name, value in _plain(self._identity()).items():
+            if tree["run"].get(name) != value:
+                reject("resume", f"a checkpoint with {name} = {tree['run'].get(name)}", f"{name} = {value}")
         self.sae.load_state_dict(tree["sae"])
         self.opt.load_state_dict(tree["optimizer"])
         if hasattr(self.activations, "load_state_dict"):
             self.activations.load_state_dict(tree["activations"])
         self.step, self.skipped, self.seconds = tree["step"], tree["skipped"], tree["seconds"]
+        self._first_random = tree["first_random"]
         restore_random_state(tree["random"])
+
+    def _identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one it continues, or its numbers would differ."""
+        names = ("lr", "betas", "eps", "mode", "state_dtype", "warmup", "decay", "sparsity_warmup")
+        return {
+            **{name: getattr(self.config, name) for name in names},
+            "n_steps": self.n_steps,
+            "dtype": str(self.sae.W_enc.dtype),
+            **self.sae.config.to_dict(),
+        }
+
+
+def check_vacant(out: Path) -> None:
+    """Raise ValueError if ``out`` already holds a run."""
+    if latest_checkpoint(out / "checkpoints") or (out / "log.jsonl").exists():
+        reject("out", f"{out}, which holds a run", "another folder, or resume (--resume) to continue it")
 
 
 def _summary(row: dict[str, Any]) -> str:

@@ -211,9 +211,7 @@ class Trainer:
             if config.out and config.checkpoint_every and self.step % config.checkpoint_every == 0:
                 self.save_checkpoint()
         if self.step > since:  # the activations ended between two rows
-            yield self._row(
-                metrics, x.shape[:-1].numel() * (self.step - since) / (time.perf_counter() - start)
-            )
+            yield self._row(metrics, x, self.step - since, start)
 
     def _unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """Input and target of a batch, where and as the weights are."""

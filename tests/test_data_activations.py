@@ -307,6 +307,18 @@ def test_bad_arguments(kind, pair):
         list(once)
 
 
+def test_texts_without_tokens(kind, pair):
+    model, tokenizer = pair
+    special = tokenizer.sep_token or tokenizer.eos_token
+    for texts in ([], [""], (special,)):
+        for progress in (False, True):
+            stream = ModelActivations(model, tokenizer, HOOKS[kind][0], texts, context=8, progress=progress)
+            message = f"text: got no tokens from a {type(texts).__name__}, expected documents with tokens"
+            with pytest.raises(BadValue, match=message):
+                list(stream)
+    assert len(everything(ModelActivations(model, tokenizer, HOOKS[kind][0], ["w1"], context=8))[0]) == 1
+
+
 def test_load_model(kind, pair, folder):
     model, tokenizer = load_model(folder)
     assert type(model) is type(pair[0])
@@ -344,6 +356,11 @@ def test_minilm():
     torch.testing.assert_close(x[:256], hidden_states(model, windows, 4), rtol=1e-4, atol=1e-4)
 
 
+def visible(folder):
+    """All but the files of locks, which stay."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
+
+
 @pytest.fixture
 def files(tmp_path):
     path = tmp_path / "texts"
@@ -353,16 +370,28 @@ def files(tmp_path):
     return path
 
 
-def test_cache(kind, folder, files, tmp_path, monkeypatch):
-    import fastsae.data.cache as cache
-
+@pytest.fixture
+def loads(monkeypatch):
+    """One entry for each model that the cache loads."""
     loads = []
-    monkeypatch.setattr(cache, "load_model", lambda model: loads.append(model) or load_model(model))
+    monkeypatch.setattr(
+        "fastsae.data.cache.load_model", lambda model: loads.append(model) or load_model(model)
+    )
+    return loads
+
+
+@pytest.fixture
+def get(kind, folder, files, tmp_path):
+    """``cached_activations`` on ``files``, with the cache in tmp_path / "cache"."""
 
     def get(hook=HOOKS[kind][0], text=files, **options):
         options = {"context": 16, "device": "cpu", "progress": False} | options
         return cached_activations(folder, hook, text, cache_dir=tmp_path / "cache", **options)
 
+    return get
+
+
+def test_cache(kind, folder, files, get, loads):
     store = get()
     assert store.n_tokens == N_TOKENS
     model, tokenizer = load_model(folder)
@@ -376,16 +405,79 @@ def test_cache(kind, folder, files, tmp_path, monkeypatch):
     assert len(loads) == 1  # found, without the model
     assert get(text=[files]).path == store.path  # the same documents
 
-    others = [get(hook=HOOKS[kind][1]), get(context=8), get(n_tokens=40), get(dtype="float16")]
+    others = [get(hook=HOOKS[kind][1]), get(context=8), get(dtype="float16")]
     (files / "00.txt").write_text("w1")
     others.append(get())
-    assert len({store.path, *(other.path for other in others)}) == 6
-    assert len(loads) == 6
-    assert others[2].n_tokens == 40
+    assert len({store.path, *(other.path for other in others)}) == 5
+    assert len(loads) == 5
 
     (others[-1].path / "manifest.json").unlink()  # a damaged store is made anew
     assert get().n_tokens == others[-1].n_tokens
-    assert len(loads) == 7
+    assert len(loads) == 6
+
+
+def test_cache_serves_any_number_of_tokens(kind, pair, get, loads, tmp_path):
+    x, ids = everything(ModelActivations(*pair, HOOKS[kind][0], TEXTS, context=16))
+
+    def check(n_tokens, n_loads):
+        store = get(n_tokens=n_tokens)
+        n = N_TOKENS if n_tokens is None else min(n_tokens, N_TOKENS)
+        assert (len(store), store.manifest["n_tokens"], len(loads)) == (n, n, n_loads)
+        assert torch.equal(store[:], x[:n])
+        assert store.token_ids.tolist() == ids[:n].tolist()
+        store.verify()
+        return store
+
+    first = check(40, 1)
+    check(25, 1)  # fewer: there already
+    check(40, 1)
+    old = first.array[:]
+    assert check(50, 2).path == first.path  # more: takes the other's place
+    assert torch.equal(torch.from_numpy(old.copy()), x[:40])  # which is still there for its readers
+    assert torch.equal(first[:], x[:40])
+    check(40, 2)
+    check(None, 3)  # nothing says that 50 are all
+    check(None, 3)
+    check(60, 3)
+    check(10**6, 3)
+    assert visible(tmp_path / "cache") == [first.path.name]
+
+
+def test_a_text_that_ends_before_the_limit_is_whole(get, loads):
+    assert len(get(n_tokens=N_TOKENS + 1)) == N_TOKENS
+    assert len(get(n_tokens=10**6)) == len(get()) == N_TOKENS
+    assert len(loads) == 1
+
+
+def test_the_old_store_stays_until_the_new_one_is_whole(kind, folder, get, monkeypatch):
+    store = get(n_tokens=40)
+    before = sorted(path.name for path in store.path.parent.iterdir())
+
+    def fail(*_):
+        assert len(get(n_tokens=40)) == 40  # while the larger one is under way
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastsae.data.store.TensorWriter.finish", fail)
+        with pytest.raises(KeyboardInterrupt):
+            get(n_tokens=50)
+    assert sorted(path.name for path in store.path.parent.iterdir()) == before
+    assert torch.equal(get(n_tokens=40)[:], store[:])
+
+
+def test_cache_of_nothing(kind, get, loads, tmp_path):
+    text = tmp_path / "text.txt"
+    text.touch()
+    with pytest.raises(BadValue, match=r"text: got no documents from '.*text.txt', expected utf-8 text"):
+        get(text=text)
+    assert not loads
+    assert not (tmp_path / "cache").exists()
+    text.write_text({"gpt2": "<end>", "bert": "[SEP] [CLS]"}[kind])
+    with pytest.raises(BadValue, match=r"text: got no tokens from '.*text.txt', expected documents with"):
+        get(text=text)
+    assert not visible(tmp_path / "cache")
+    text.write_text("w1 w2 w3")
+    assert len(get(text=text)) == 3
 
 
 def test_cache_notices_other_weights(kind, folder, files, tmp_path):
@@ -411,21 +503,11 @@ def test_cache_checks_before_any_work(tmp_path):
         cached_activations("nowhere", ["h"], "nothing.txt", cache_dir=tmp_path)
 
 
-def test_two_runs_at_once_share_the_work(kind, folder, files, tmp_path, monkeypatch):
-    import fastsae.data.cache as cache
-
-    loads = []
-    monkeypatch.setattr(cache, "load_model", lambda model: loads.append(model) or load_model(model))
-
-    def get(_):
-        return cached_activations(
-            folder, HOOKS[kind][0], files, context=16, cache_dir=tmp_path / "cache", progress=False
-        )
-
+def test_two_runs_at_once_share_the_work(get, loads, tmp_path):
     with ThreadPoolExecutor(4) as pool:
-        stores = list(pool.map(get, range(4)))
+        stores = list(pool.map(lambda _: get(), range(4)))
     assert len({store.path for store in stores}) == len(loads) == 1
-    assert len(list((tmp_path / "cache").iterdir())) == 1  # no lock, no leftovers
+    assert visible(tmp_path / "cache") == [stores[0].path.name]  # no leftovers
 
 
 def test_hub_models_count_by_their_commit(monkeypatch):

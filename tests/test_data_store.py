@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import fastsae
 from fastsae.checks import BadType, BadValue
 from fastsae.data import Activations, ActivationStore, collect, open_activations
+from fastsae.data.store import fetch_rows
 
 SLOW_COLLECT = """
 import sys, time, torch
@@ -29,6 +30,11 @@ def chunks():
             time.sleep(60)
 collect(chunks(), sys.argv[1])
 """
+
+
+def visible(folder):
+    """All but the files of locks, which stay."""
+    return sorted(name for name in os.listdir(folder) if not name.endswith(".lock"))
 
 
 def chunks(n=100, d=6, seed=0):
@@ -58,7 +64,7 @@ def test_round_trip(tmp_path, dtype):
     # Other programs can read the file, and nothing else is left lying there.
     loaded = load_file(tmp_path / "a" / "store" / "activations.safetensors")["activations"]
     assert torch.equal(loaded, x.to(getattr(torch, dtype)))
-    assert os.listdir(tmp_path / "a") == ["store"]
+    assert visible(tmp_path / "a") == ["store"]
 
 
 def test_plain_tensors_and_nan(tmp_path):
@@ -68,6 +74,43 @@ def test_plain_tensors_and_nan(tmp_path):
     assert store.token_ids is None
     assert store[4:6].isnan().sum() == 1
     assert store[5:6].isinf().sum() == 1
+
+
+def test_rows_are_integers(tmp_path):
+    store = collect(chunks(), tmp_path / "store")
+    mask = np.zeros(100, bool)
+    mask[[3, 7]] = True
+    sources = [store, store.array, store[:]]
+    for bad, message in (
+        (mask, r"rows: got bool \[100\], expected integers"),
+        (np.array([1.0]), r"rows: got float64 \[1\], expected integers"),
+    ):
+        for rows in (bad, torch.from_numpy(bad)):
+            with pytest.raises(BadValue, match=message + " or a slice$"):
+                store[rows]
+        for x in sources:
+            with pytest.raises(BadValue, match=message):
+                fetch_rows(x, bad)
+    for x in sources:
+        for row in (100, -101):
+            with pytest.raises(IndexError):
+                fetch_rows(x, np.array([0, row]))
+        for dtype in (np.uint8, np.int32, np.uint64):
+            assert torch.equal(fetch_rows(x, mask.nonzero()[0].astype(dtype)), store[:][[3, 7]])
+
+
+def test_head(tmp_path):
+    store = collect(chunks(), tmp_path / "store", dtype="bfloat16")
+    head = store.head(30)
+    assert (len(head), head.manifest["n_tokens"], head.d_in, head.dtype) == (30, 30, 6, "bfloat16")
+    assert torch.equal(head[:], store[:30])
+    assert head.token_ids.tolist() == store.token_ids[:30].tolist()
+    assert np.shares_memory(head.array, store.array)
+    head.verify()
+    with pytest.raises(IndexError):
+        head[np.array([30])]
+    with pytest.raises(BadValue, match="n: got 101, expected an integer >= 1 and <= 100"):
+        store.head(101)
 
 
 def test_reads_are_copies(tmp_path):
@@ -92,7 +135,7 @@ def test_reads_are_copies(tmp_path):
 def test_bad_chunks_leave_nothing(tmp_path, bad, message):
     with pytest.raises(BadValue, match=message):
         collect(bad, tmp_path / "store", dtype="float16")
-    assert not os.listdir(tmp_path)
+    assert not visible(tmp_path)
 
 
 def test_bad_arguments(tmp_path):
@@ -114,15 +157,18 @@ def test_killed_run_leaves_no_store_and_is_cleaned_up(tmp_path):
     with child:
         assert child.stdout.readline() == b"half way\n"
         collect(chunks(), tmp_path / "other")  # sweeps, but not what a living run writes
-        assert len(os.listdir(tmp_path)) == 3
+        assert visible(tmp_path) == [".store.fastsae-partial", "other"]
         os.kill(child.pid, signal.SIGKILL)
     assert not (tmp_path / "store").exists()
-    assert sorted(os.listdir(tmp_path)) == [".store.fastsae-partial", ".store.lock", "other"]
+    assert visible(tmp_path) == [".store.fastsae-partial", "other"]
     with pytest.raises(BadValue, match=r"no manifest.json"):
         ActivationStore.open(tmp_path / "store")
     (tmp_path / ".foreign.partial").mkdir()
+    (
+        tmp_path / ".fourth.fastsae-partial-old"
+    ).mkdir()  # died between replacing a store and removing the old one
     collect(chunks(), tmp_path / "third")  # another name: sweeps the dead run's leftovers all the same
-    assert sorted(os.listdir(tmp_path)) == [".foreign.partial", "other", "third"]
+    assert visible(tmp_path) == [".foreign.partial", "other", "third"]
     assert collect(chunks(), tmp_path / "store").n_tokens == 100
 
 

@@ -89,6 +89,30 @@ def test_bad_sources(corpus):
             list(read_texts(corpus / name))
 
 
+def test_nothing_to_read(tmp_path, monkeypatch):
+    (tmp_path / "folder" / ".hidden").mkdir(parents=True)
+    (tmp_path / "folder" / ".hidden" / "a.txt").write_text("hidden")
+    (tmp_path / "folder" / "image.png").write_bytes(b"\x89PNG\x00")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    (tmp_path / "blank.jsonl").write_text("\n")
+    sources = [tmp_path / name for name in ("folder", "empty.txt", "blank.txt", "blank.jsonl")]
+    for source in [*sources, *map(str, sources)]:
+        for read in (lambda source: list(read_texts(source)), text_digest):
+            with pytest.raises(BadValue) as caught:
+                read(source)
+            expected = "expected utf-8 text other than white space"
+            assert str(caught.value) == f"text: got no documents from '{source}', {expected}"
+    with pytest.raises(BadValue, match=r"from '.*folder', '.*', '.*blank.txt' and 1 more, expected"):
+        list(read_texts(sources))
+    (tmp_path / "line.txt").write_text("one line")
+    assert list(read_texts([*sources, tmp_path / "line.txt"])) == ["one line"]
+    text_digest([*sources, tmp_path / "line.txt"])
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: []))
+    with pytest.raises(BadValue, match="text: got no documents from 'a/b', expected"):
+        list(read_texts("a/b"))
+
+
 def test_what_counts_as_a_data_set(corpus):
     for name in ("wikitext", "roneneldan/TinyStories", "a/b:train:text", "a/b:train:text:config"):
         assert is_dataset(name)

@@ -123,7 +123,7 @@ class ModelActivations:
 
     Raises:
         ValueError: no such module, or it doesn't return [batch, tokens, d]; ``context`` beyond what the model
-            takes.
+            takes; a text without tokens.
     """
 
     def __init__(
@@ -189,6 +189,9 @@ class ModelActivations:
                 bar.update(kept)
                 if self._tokens == self.n_tokens:
                     return
+        if not self._tokens:
+            where = self.texts if isinstance(self.texts, Texts) else f"a {type(self.texts).__name__}"
+            reject("text", f"no tokens from {where}", "documents with tokens other than special ones")
 
     def state_dict(self) -> dict[str, int]:
         """Return the position in the text: the number of forward passes done, and their size."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,9 +36,12 @@ def cached_activations(
     """Return the activations of ``model`` at ``hook`` on ``text``, from the cache if they are there.
 
     The key is a sha256 of all that changes the numbers: the model's files (or its commit on the hub), hook,
-    context, the text itself (a data set counts by its name), n_tokens, dtype, the device's kind and the
-    versions of torch and transformers. Looking up costs reading the text and the weights (beyond 2 GiB: their
-    size and time), without loading the model.
+    context, the text itself (a data set counts by its name), dtype, the device's kind and the versions of
+    torch and transformers. Looking up costs reading the text and the weights (beyond 2 GiB: their size and
+    time), without loading the model.
+
+    ``n_tokens`` is no part of it. Of a store with more tokens come the first ``n_tokens``; one with too few
+    is computed anew and replaced, and whoever has it open keeps the old one.
 
     Args:
         model: see :func:`load_model`.
@@ -53,7 +55,7 @@ def cached_activations(
         progress: show a progress bar.
 
     Raises:
-        ValueError: bad arguments; see :class:`ModelActivations` and :func:`read_texts`.
+        ValueError: bad arguments, or no tokens; see :class:`ModelActivations` and :func:`read_texts`.
         FastSAEError: the model or the data set can't be loaded.
     """
     check_type("hook", hook, str, "one module path")
@@ -73,20 +75,17 @@ def cached_activations(
         "device": torch.device(device).type,
         "versions": {"torch": torch.__version__, "transformers": version("transformers").split(".")[0]},
     }
-    origin = {name: value for name, value in about.items() if name not in ("model", "text")}
+    origin = {name: value for name, value in about.items() if name not in ("model", "text", "limit")}
     origin |= {"dtype": dtype, "format": FORMAT}
     key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
     name = re.sub(r"[^\w.-]+", "-", f"{Path(model).name}-{hook}")[:80]
     directory = _cache_root(cache_dir) / f"{name}-{key[:16]}"
-    try:
-        return ActivationStore.open(directory)
-    except BadValue:
-        directory.parent.mkdir(parents=True, exist_ok=True)
+    if (found := _find(directory, n_tokens)) is not None:
+        return found
+    directory.parent.mkdir(parents=True, exist_ok=True)
     with lock(directory):
-        try:
-            return ActivationStore.open(directory)  # another process was faster
-        except BadValue:
-            shutil.rmtree(directory, ignore_errors=True)  # missing or damaged
+        if (found := _find(directory, n_tokens)) is not None:  # another process was faster
+            return found
         loaded, tokenizer = load_model(model)
         chunks = ModelActivations(
             loaded,
@@ -99,6 +98,19 @@ def cached_activations(
             progress=progress,
         )
         return write_store(chunks, directory, dtype, about | {"key": key})
+
+
+def _find(directory: Path, n_tokens: int | None) -> ActivationStore | None:
+    """Return up to ``n_tokens`` of the store in ``directory``; None if it has too few, or is damaged."""
+    try:
+        store = ActivationStore.open(directory)
+    except BadValue:
+        return None
+    if n_tokens is not None and n_tokens <= len(store):
+        return store.head(n_tokens)
+    limit = store.manifest.get("limit", 0)
+    exhausted = limit is None or len(store) < limit  # all that the text gives
+    return store if exhausted else None
 
 
 def _cache_root(cache_dir: str | Path | None) -> Path:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
-from fastsae.checks import BadType, BadValue, check_choice, check_type, reject
+from fastsae.checks import BadType, BadValue, check_choice, check_number, check_type, reject
 from fastsae.data.activations import Activations
 from fastsae.data.tensorfile import TensorWriter, map_tensors
 
@@ -32,7 +31,7 @@ class ActivationStore:
     """Activations of n_tokens tokens in a file, mapped into memory: nothing is read before it is asked for.
 
     ``store[rows]`` (a slice, or an integer array or tensor) is a fresh float32 tensor [len(rows), d_in] on
-    the CPU.
+    the CPU. A mask is no such array: ``store[mask.nonzero()[0]]``.
 
     Attributes:
         path: the folder or file.
@@ -98,33 +97,53 @@ class ActivationStore:
             return self._to_float32(self.array[rows].copy())
         # Straight after the order asked for: sorting the rows first is slower on cached files and no faster
         # on cold ones (1024 of 345 k rows of 1.5 kB: 0.19 ms against 0.33 warm, 9 against 11 cold).
-        return self._to_float32(np.take(self.array, np.asarray(rows), axis=0))
+        return self._to_float32(np.take(self.array, _indices(rows, "integers or a slice"), axis=0))
 
     def _to_float32(self, block: np.ndarray) -> Tensor:
         if self.dtype == "bfloat16":
             return torch.from_numpy(block).view(torch.bfloat16).float()
         return torch.from_numpy(block.astype(np.float32, copy=False))
 
+    def head(self, n: int) -> ActivationStore:
+        """Return the first ``n`` tokens as a store, over the same memory map."""
+        check_number("n", n, integer=True, low=1, high=self.n_tokens)
+        ids = None if self.token_ids is None else self.token_ids[:n]
+        return ActivationStore(self.path, self.manifest | {"n_tokens": n}, self.array[:n], ids)
+
     def verify(self) -> None:
-        """Compare the data with the checksums of the manifest; reads everything.
+        """Compare the files, of a ``head`` the whole ones, with their checksums; reads everything.
 
         Raises:
             ValueError: they differ.
         """
-        for name, expected in self.manifest.get("sha256", {}).items():
-            array = self.array if name == "activations" else self.token_ids
+        if "sha256" not in self.manifest:
+            return
+        whole = ActivationStore.open(self.path)
+        for name, expected in whole.manifest["sha256"].items():
+            array = whole.array if name == "activations" else whole.token_ids
             if hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() != expected:
                 got = f"'{self.path}', whose {name} differ from their checksum"
                 reject("activations", got, "the data that collect wrote")
 
 
 def fetch_rows(x: ActivationStore | np.ndarray | Tensor, rows: np.ndarray) -> Tensor:
-    """Return ``x[rows]`` as a float32 tensor [len(rows), d]."""
-    if isinstance(x, Tensor):
-        return x[torch.from_numpy(rows).to(x.device)].float()
+    """Return ``x[rows]`` for integers ``rows`` as a float32 tensor [len(rows), d]."""
     if isinstance(x, ActivationStore):
         return x[rows]
+    rows = _indices(rows, "integers")
+    if isinstance(x, Tensor):
+        if rows.size and not -len(x) <= rows.min() <= rows.max() < len(x):  # on a GPU no mere exception
+            raise IndexError(f"rows: got {rows.min()} to {rows.max()}, expected rows below {len(x)}")
+        return x[torch.from_numpy(rows).to(x.device)].float()
     return torch.from_numpy(np.take(x, rows, axis=0).astype(np.float32, copy=False))
+
+
+def _indices(rows: Any, expected: str) -> np.ndarray:
+    """Return ``rows`` as int64. np.take reads a mask as the rows 0 and 1, torch uint8 rows as a mask."""
+    rows = np.asarray(rows)
+    if rows.dtype.kind not in "iu":
+        reject("rows", f"{rows.dtype} {list(rows.shape)}", expected)
+    return rows.astype(np.int64, copy=False)
 
 
 def open_activations(path: str | Path) -> ActivationStore:
@@ -167,7 +186,8 @@ def collect(
 ) -> ActivationStore:
     """Write activations to a new folder, which appears under its name only when it is complete.
 
-    The data grow in a hidden folder beside it, under a lock; what dead runs left there is removed.
+    The data grow in a hidden folder beside it, under a lock; what dead runs left there is removed. The lock's
+    hidden, empty file stays.
 
     Args:
         chunks: [n, d_in] tensors, or :class:`Activations` of one hook, whose token ids are kept too.
@@ -190,14 +210,18 @@ def collect(
 def write_store(
     chunks: Iterable[Activations | Tensor], directory: Path, dtype: str, metadata: dict[str, Any]
 ) -> ActivationStore:
-    """Do the work of :func:`collect`; the caller holds the lock of ``directory``, which doesn't exist."""
+    """Do the work of :func:`collect`; the caller holds the lock of ``directory``.
+
+    A folder that has that name already is there until the new one is complete, and goes then. Who has it
+    mapped into memory keeps it.
+    """
     _sweep(directory)
     partial = _partial(directory)
     partial.mkdir()
     try:
         about = _write_data(chunks, partial, dtype)
         (partial / _MANIFEST).write_text(json.dumps(metadata | about, indent=2) + "\n", "utf-8")
-        partial.rename(directory)
+        _rename(partial, directory)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -225,44 +249,34 @@ def _write_data(chunks: Iterable[Activations | Tensor], folder: Path, dtype: str
     return {"format": FORMAT, "n_tokens": data.n_rows, "d_in": width, "dtype": dtype, "sha256": sums}
 
 
-@contextmanager
-def lock(directory: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of ``directory``, a file beside it; the system frees it when the process dies.
-
-    Yields True, or with ``wait=False`` whether it was free.
-    """
-    path = directory.with_name(f".{directory.name}.lock")
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if os.path.samestat(os.fstat(handle), os.stat(path)):
-                break
-        except BlockingIOError:
-            os.close(handle)
-            yield False
-            return
-        except FileNotFoundError:
-            pass  # its last holder removed it while we waited
-        os.close(handle)
-    try:
-        yield True
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(handle)
+def lock(directory: Path, timeout: float = -1) -> FileLock:
+    """Return the lock of ``directory``, a file beside it; the system frees it when the process dies."""
+    return FileLock(directory.with_name(f".{directory.name}.lock"), timeout)
 
 
 def _partial(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}{_PARTIAL}")
 
 
+def _old(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}{_PARTIAL}-old")
+
+
+def _rename(partial: Path, directory: Path) -> None:
+    if directory.exists():  # a folder can't be renamed onto another
+        directory.rename(_old(directory))
+    partial.rename(directory)
+    shutil.rmtree(_old(directory), ignore_errors=True)
+
+
 def _sweep(directory: Path) -> None:
-    """Remove the unfinished folders of dead runs beside ``directory``, whose own lock we hold."""
-    shutil.rmtree(_partial(directory), ignore_errors=True)
-    for partial in directory.parent.glob(f".*{_PARTIAL}"):
-        with lock(partial.with_name(partial.name[1 : -len(_PARTIAL)]), wait=False) as free:
-            if free:
-                shutil.rmtree(partial, ignore_errors=True)
+    """Remove the leftovers of dead runs beside ``directory``, whose own lock we hold."""
+    for own in (_partial(directory), _old(directory)):
+        shutil.rmtree(own, ignore_errors=True)
+    for left in directory.parent.glob(f".*{_PARTIAL}*"):
+        name = left.name[1:].partition(_PARTIAL)[0]
+        with suppress(Timeout), lock(left.with_name(name), timeout=0):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _check_chunk(x: Any, token_ids: Tensor | None, width: int | None) -> int:

@@ -10,7 +10,8 @@ import os
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,20 @@ def read_texts(
         An iterator of documents; those with nothing but white space are left out.
 
     Raises:
-        ValueError: no such file, not utf-8 text, no such column. What can be checked at once is, before the
-            iterator is returned.
+        ValueError: no such file, not utf-8 text, no such column; or, at its end, no document at all. What can
+            be checked at once is, before the iterator is returned.
         FastSAEError: a package is missing, or the data set can't be reached.
     """
+    return _not_empty(_read(source, split, column, config), source)
+
+
+def _read(
+    source: Source, split: str | None = None, column: str | None = None, config: str | None = None
+) -> Iterator[str]:
     if isinstance(source, (list, tuple)):
         if not source:
             reject("text", "an empty list", "at least one file, folder or data set")
-        parts = [read_texts(one, split=split, column=column, config=config) for one in source]
-        return (document for part in parts for document in part)
+        return chain.from_iterable([_read(one, split, column, config) for one in source])
     if not isinstance(source, (str, Path)):
         raise BadType(
             f"text: got {type(source).__name__}, expected a file, a folder, a data set or a list of them"
@@ -79,6 +85,22 @@ def read_texts(
     return filter(str.strip, documents)
 
 
+def _not_empty(documents: Iterable[str], source: Source) -> Iterator[str]:
+    empty = True
+    for document in documents:
+        empty = False
+        yield document
+    if empty:
+        reject("text", f"no documents from {_name(source)}", "utf-8 text other than white space")
+
+
+def _name(source: Source) -> str:
+    if isinstance(source, (str, Path)):
+        return f"'{source}'"
+    more = f" and {len(source) - 3} more" if len(source) > 3 else ""
+    return ", ".join(_name(str(one)) for one in source[:3]) + more
+
+
 class Texts:
     """The documents of a source, read anew by each iteration."""
 
@@ -88,6 +110,9 @@ class Texts:
 
     def __iter__(self) -> Iterator[str]:
         return read_texts(self.source)
+
+    def __str__(self) -> str:
+        return _name(self.source)
 
 
 def is_dataset(source: object) -> bool:
@@ -101,13 +126,17 @@ def text_digest(source: Source) -> str:
     """Return a sha256 of the documents of ``source``: equal digests, equal documents.
 
     Reads everything, except for data sets: there the name stands for the content.
+
+    Raises:
+        ValueError: see :func:`read_texts`.
     """
     digest = hashlib.sha256()
-    for one in source if isinstance(source, (list, tuple)) else [source]:
-        for document in [f"data set {one}"] if is_dataset(one) else read_texts(one):
-            data = document.encode("utf-8", "surrogatepass")
-            digest.update(len(data).to_bytes(8, "little"))
-            digest.update(data)
+    parts = source if isinstance(source, (list, tuple)) else [source]
+    documents = ([f"data set {one}"] if is_dataset(one) else _read(one) for one in parts)
+    for document in _not_empty(chain.from_iterable(documents), source):
+        data = document.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
     return digest.hexdigest()
 
 

@@ -142,6 +142,8 @@ def train(
     options["out"] = str(out)
     sources = {name: ctx.get_parameter_source(name) for name in options}
     given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+    if resume and not given - {"out"} and not (out / OPTIONS_FILE).exists():
+        reject("resume", f"{out}, which holds no run of `fastsae train`", "the folder of one")
     for file in (config, out / OPTIONS_FILE if resume and (out / OPTIONS_FILE).exists() else None):
         if file is not None:
             found = {name: value for name, value in read_yaml(file).items() if name not in given}
@@ -241,6 +243,7 @@ def _show(title: str, rows: dict[str, Any], json_path: Path | None) -> None:
         table.add_row(name, _text(value))
     console.print(table)
     if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
         write_json(json_path, rows)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from fastsae import SAE, cli
+from fastsae import SAE, SAEConfig, TopK, cli
 from fastsae.training.logs import read_log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,7 +76,9 @@ def test_yaml_is_equal_in_power_to_flags(fastsae, data, tmp_path):
         "lr": 0.003,
         "progress": False,
     }
-    (tmp_path / "options.yaml").write_text(yaml.safe_dump(options | {"seed": 7, "log_every": 1}))
+    (tmp_path / "options.yaml").write_text(
+        yaml.safe_dump(options | {"seed": 7, "log_every": 1}) + "lr: 3e-3\n"
+    )
     code, _, err = fastsae(
         "train", "--config", tmp_path / "options.yaml", "--out", tmp_path / "a", "--seed", 3
     )
@@ -218,7 +220,26 @@ def test_a_missing_extra_is_named_before_any_work(fastsae, data, tmp_path, monke
 def test_eval_of_no_run(fastsae, tmp_path):
     code, _, err = fastsae("eval", tmp_path)
     assert code == 1
-    assert "run.yaml: got no readable YAML file" in err
+    assert "which holds no run.yaml, expected a run of `fastsae train`, or --activations" in err
+
+
+def test_eval_of_any_saved_dictionary(fastsae, data, tmp_path):
+    SAE(SAEConfig(16, 32, TopK(2))).save(tmp_path / "sae")
+    code, _, err = fastsae(
+        "eval", tmp_path / "sae", "--activations", data, "--json", tmp_path / "new/eval.json"
+    )
+    assert code == 0, err
+    assert json.loads((tmp_path / "new/eval.json").read_text())["tokens"] == 1000
+
+
+def test_resume_of_nothing(fastsae, tmp_path):
+    code, _, err = fastsae("train", "--out", tmp_path / "run", "--resume")
+    assert (code, "which holds no run of `fastsae train`" in err) == (1, True)
+
+
+def test_out_is_a_file(fastsae, data):
+    code, _, err = fastsae("train", "--activations", data, "--out", data)
+    assert (code, "which is a file, expected a folder" in err) == (1, True)
 
 
 def test_plan(fastsae, tmp_path):

@@ -17,7 +17,7 @@ ACTIVATIONS = [TopK(3), BatchTopK(3), JumpReLU(0.25), ReLU()]
         (BatchTopK(3), None, (True, True, "fvu")),
         (JumpReLU(), None, (False, False, "squared_error")),
         (ReLU(), None, (False, False, "squared_error")),
-        (TopK(3), 6, (False, True, "fvu")),
+        (TopK(3), 6, (False, False, "fvu")),
         (ReLU(), 6, (False, False, "squared_error")),
     ],
 )

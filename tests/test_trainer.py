@@ -219,6 +219,9 @@ def test_nan_can_stop_the_run_and_loses_nothing(tmp_path, x):
     with pytest.raises(NotFinite, match="NaN or Inf in the batch of step 8"):
         make(tmp_path, x, batches=bad, on_nan="stop").fit()
     assert latest_checkpoint(tmp_path / "checkpoints").name == "step-000000008"
+    with pytest.raises(ValueError, match="a run that NaN or Inf stopped at step 8, expected on_nan = skip"):
+        make(tmp_path, x, batches=bad, on_nan="stop").fit(resume=True)
+    assert make(tmp_path, x, batches=bad, on_nan="skip").fit(resume=True)["skipped"] == 1
 
 
 def test_batches_may_be_pairs_or_dicts_by_hook(tmp_path, x):

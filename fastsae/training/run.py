@@ -33,6 +33,7 @@ log = logging.getLogger("fastsae")
 
 OPTIONS_FILE = "run.yaml"
 _CALIBRATION_TOKENS = 16_384
+_EVALUATION_TOKENS = 1024  # at a time
 _ACTIVATIONS = ("topk", "batchtopk", "relu")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -192,7 +193,7 @@ def run(options: RunOptions, *, resume: bool = False) -> dict[str, Any] | None:
         return None
     sae = SAE.load(out, device=device)
     log.info("evaluating on %s held-out tokens", f"{len(held_out):,}")
-    evaluation = _evaluate(sae, store, held_out, options)
+    evaluation = _evaluate(sae, store, held_out)
     metrics = {**evaluation.to_dict(), "held_out_tokens": len(held_out), "tokens": final["tokens"]}
     metrics |= {"seconds": final["seconds"], "skipped_batches": final["skipped"]}
     write_json(out / "metrics.json", metrics)
@@ -202,12 +203,18 @@ def run(options: RunOptions, *, resume: bool = False) -> dict[str, Any] | None:
 
 def evaluate_run(directory: str | Path, activations: str | None = None) -> Evaluation:
     """Metrics of a run's dictionary on its held-out tokens, or on another ``activations`` file."""
+    if activations is not None:
+        return _evaluate(SAE.load(directory), open_activations(activations), None)
+    if not (Path(directory) / OPTIONS_FILE).exists():
+        reject(
+            "directory",
+            f"{directory}, which holds no {OPTIONS_FILE}",
+            "a run of `fastsae train`, or --activations",
+        )
     options = load_options(Path(directory))
     sae = SAE.load(directory, device=options.device)
-    if activations is None:
-        store = _activations(options)
-        return _evaluate(sae, store, _split(store, options)[1], options)
-    return _evaluate(sae, open_activations(activations), None, options)
+    store = _activations(options)
+    return _evaluate(sae, store, _split(store, options)[1])
 
 
 def save_options(options: RunOptions) -> None:
@@ -232,10 +239,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from error
     check_type(str(path), data, dict, "a YAML mapping of options such as 'k: 32'")
     data = {str(key).replace("-", "_"): value for key, value in data.items()}
-    known = {f.name for f in dataclasses.fields(RunOptions)}
-    if unknown := sorted(data.keys() - known):
+    known = {f.name: str(f.type) for f in dataclasses.fields(RunOptions)}
+    if unknown := sorted(data.keys() - known.keys()):
         reject(str(path), f"unknown options {unknown}", f"options among {sorted(known)}")
-    return data
+    return {name: _number(value) if "float" in known[name] else value for name, value in data.items()}
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3, without a point, as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _check_field(field: dataclasses.Field, value: Any) -> None:
@@ -291,8 +306,8 @@ def _split(store: ActivationStore, options: RunOptions):
     return split_rows(len(store), min(options.held_out, len(store) // 10), options.seed)
 
 
-def _evaluate(sae: SAE, store: ActivationStore, rows, options: RunOptions) -> Evaluation:
-    batches = Batches(store, options.batch_size, rows=rows, shuffle=False, drop_last=False)
+def _evaluate(sae: SAE, store: ActivationStore, rows) -> Evaluation:
+    batches = Batches(store, _EVALUATION_TOKENS, rows=rows, shuffle=False, drop_last=False)
     return evaluate(sae, batches)
 
 

@@ -232,9 +232,10 @@ class Trainer:
         self.skipped += 1
         if self.config.on_nan == "stop":
             if self.config.out:
-                self.save_checkpoint()
+                self.save_checkpoint(stopped_at_nan=True)
             raise NotFinite(
                 f"activations: got NaN or Inf in the batch of step {self.step}, expected finite numbers"
+                " (on_nan = skip leaves such batches out)"
             )
 
     def _row(self, metrics: dict[str, Tensor], x: Tensor, steps: int, start: float) -> dict[str, Any]:
@@ -273,7 +274,7 @@ class Trainer:
         restore_random_state(now)
         return batches
 
-    def save_checkpoint(self) -> Path:
+    def save_checkpoint(self, *, stopped_at_nan: bool = False) -> Path:
         """Write everything a resume needs to ``config.out/checkpoints``."""
         data = self.activations.state_dict() if hasattr(self.activations, "state_dict") else None
         tree = {
@@ -286,6 +287,7 @@ class Trainer:
             "activations": data,
             "random": random_state(),
             "first_random": self._first_random,
+            "stopped_at_nan": stopped_at_nan,
         }
         folder = Path(self.config.out or ".") / "checkpoints"
         return save_checkpoint(folder, self.step, tree, self.config.keep_checkpoints)
@@ -296,6 +298,10 @@ class Trainer:
         for name, value in _plain(self._identity()).items():
             if tree["run"].get(name) != value:
                 reject("resume", f"a checkpoint with {name} = {tree['run'].get(name)}", f"{name} = {value}")
+        if tree["stopped_at_nan"] and self.config.on_nan == "stop":
+            reject(
+                "resume", f"a run that NaN or Inf stopped at step {tree['step']}", "on_nan = skip to go on"
+            )
         self.sae.load_state_dict(tree["sae"])
         self.opt.load_state_dict(tree["optimizer"])
         if hasattr(self.activations, "load_state_dict"):
@@ -316,7 +322,9 @@ class Trainer:
 
 
 def check_vacant(out: Path) -> None:
-    """Raise ValueError if ``out`` already holds a run."""
+    """Raise ValueError if ``out`` already holds a run, or is a file."""
+    if out.exists() and not out.is_dir():
+        reject("out", f"{out}, which is a file", "a folder")
     if latest_checkpoint(out / "checkpoints") or (out / "log.jsonl").exists():
         reject("out", f"{out}, which holds a run", "another folder, or resume (--resume) to continue it")
 

@@ -8,21 +8,23 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Key = TypeVar("Key", bound=Hashable)
 
 __all__ = ["describe_machine", "interleaved", "peak_mib"]
 
 
 def interleaved(
-    contestants: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2
-) -> dict[str, list[float]]:
+    contestants: dict[Key, Callable[[], Any]], repeats: int, warmup: int = 2
+) -> dict[Key, list[float]]:
     """Milliseconds of each call, sorted: a round runs each contestant once, so drift hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    times: dict[Key, list[float]] = {name: [] for name in contestants}
     for i in range(warmup + repeats):
         for name, call in contestants.items():
             _wait()

@@ -1,4 +1,4 @@
-"""fastsae: sparse autoencoders of any width, trained and run on custom kernels.
+"""fastsae: sparse autoencoders of any width, trained and run on sparse operators.
 
 The module is :class:`SAE`, its description :class:`SAEConfig`; :mod:`fastsae.functional` holds the operators,
 :mod:`fastsae.optim` the row optimizer, :mod:`fastsae.training` the fused step and the trainer,

@@ -41,7 +41,7 @@ def test_rows_follow_the_schema(toy, tmp_path):
     command.main(["--json", str(tmp_path / "new/rows.json")])
     result = json.loads((tmp_path / "new/rows.json").read_text())
     assert {"machine", "commit", "time", "rows"} <= result.keys()
-    assert [row["op"] for row in result["rows"]] == ["gemm", "encode", "step"]
+    assert [row["op"] for row in result["rows"]] == ["gemm", "gemm", "encode", "step"]
     for row in result["rows"]:
         assert KEYS | {"ratio_to_gemm", "note"} <= row.keys()
         assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]

@@ -86,6 +86,15 @@ def _block_width(n_tokens: int, d_in: int) -> int:
     return max(MIN_COLUMNS, width // GROUP * GROUP)
 
 
+def score_all(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> None:
+    """Compute all scores, a block at a time, and keep none: what encode costs at least. For benchmarks."""
+    latents = _Latents(W_enc, b_enc, None)
+    for part in x.split(MAX_TOKENS):
+        width = _block_width(*part.shape)
+        for lo in range(0, len(latents), width):
+            latents.scores(part, lo, min(lo + width, len(latents)))
+
+
 class _RowBest:
     """Each token's best candidates so far: appended in column order, now and then cut back to k."""
 

@@ -94,7 +94,8 @@ def describe_machine() -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
         },
-        "commit": _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain") else ""),
+        "commit": (_git("rev-parse", "HEAD") or "unknown")
+        + ("-dirty" if _git("status", "--porcelain") else ""),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -109,4 +110,4 @@ def _cpu_names() -> Iterator[str]:
 def _git(*arguments: str) -> str:
     root = Path(__file__).resolve().parent
     result = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
+    return result.stdout.strip()

@@ -4,7 +4,7 @@
 #include "launch.h"
 
 PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "CUDA kernels over raw pointers. Called by fastsae.backends.cuda, which checks every argument.";
+  m.doc() = "The CUDA runtime as fastsae doctor sees it: versions and devices.";
   m.def("runtime_version", &fastsae::runtime_version,
         "Version of the CUDA runtime linked in, 1000 * major + 10 * minor. Needs no driver.");
   m.def("driver_version", &fastsae::driver_version,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -79,7 +80,7 @@ def load_model(model: str | Path) -> tuple[nn.Module, Any]:
         causal = set(config.architectures or ()) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         loaded = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(folder, **local)
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-    except Exception as error:  # a network, a hub and foreign code stand behind these calls
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise FastSAEError(f"model: {str(model)!r} can't be loaded by transformers ({reason})") from error
     finally:

@@ -255,7 +255,7 @@ def _read_dataset(source: str, split: str | None, column: str | None, config: st
         ) from error
     try:
         rows = load_dataset(name, config, split=split or "train", streaming=True)
-    except Exception as error:  # a network, a hub and a foreign loader stand behind this call
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise FastSAEError(
             f"text: {source!r} is no file or folder here, nor a data set that can be loaded ({reason})"

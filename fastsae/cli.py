@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -149,10 +148,10 @@ def train(
             found = {name: value for name, value in read_yaml(file).items() if name not in given}
             options |= found
             given |= found.keys()
-    if isinstance(options["text"], tuple | list):  # as the parser gives repeated flags
-        options["text"] = _one_or_more(options["text"])
-    if isinstance(options["hook"], tuple | list):
-        options["hook"] = _one_or_more(options["hook"])
+    for name in ("text", "hook"):
+        values = options[name]
+        if isinstance(values, tuple | list):  # as the parser gives repeated flags
+            options[name] = list(values) if len(values) > 1 else values[0] if values else None
     _run(options, resume)
 
 
@@ -220,10 +219,6 @@ def bench(
     from fastsae.benchmarks.__main__ import main as run_benchmarks
 
     run_benchmarks(["--suite", suite, *(["--json", str(json_path)] if json_path else [])])
-
-
-def _one_or_more(values: Sequence[str]) -> str | list[str] | None:
-    return list(values) if len(values) > 1 else values[0] if values else None
 
 
 def _run(options: dict[str, Any], resume: bool) -> None:

@@ -12,6 +12,7 @@ from fastsae.backends import Backend, resolve
 from fastsae.checks import check_type, reject
 from fastsae.code import SparseCode
 from fastsae.config import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from fastsae.ops import wide_dtype
 
 __all__ = ["decode", "encode"]
 
@@ -167,7 +168,7 @@ def _selection(
     activation: Activation, threshold: Tensor | float | None, W: Tensor
 ) -> tuple[str, Tensor | None]:
     """The operator's rule and its threshold, [M] or scalar, in fp32 (fp64 of fp64)."""
-    m, dtype = W.shape[0], torch.float64 if W.dtype == torch.float64 else torch.float32
+    m, dtype = W.shape[0], wide_dtype(W)
     if threshold is None:
         if activation.rule != "threshold":
             return activation.rule, None

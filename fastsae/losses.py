@@ -8,13 +8,9 @@ from torch import Tensor
 from fastsae import functional as F
 from fastsae.code import SparseCode
 from fastsae.config import AuxK, TopK
+from fastsae.ops import upcast
 
-__all__ = ["auxk", "decoder_norm_l1", "error_scale", "reconstruction", "row_norms", "upcast"]
-
-
-def upcast(t: Tensor) -> Tensor:
-    """fp32, or fp64 where it already is."""
-    return t if t.dtype == torch.float64 else t.float()
+__all__ = ["auxk", "decoder_norm_l1", "error_scale", "reconstruction", "row_norms"]
 
 
 def error_scale(target: Tensor, kind: str) -> Tensor:

@@ -12,8 +12,9 @@ import importlib
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-__all__ = ["BACKENDS", "OPERATORS", "implementation"]
+__all__ = ["BACKENDS", "OPERATORS", "implementation", "upcast", "wide_dtype"]
 
 BACKENDS = ("reference", "torch")
 """Backends with an implementation of every operator, as modules of :mod:`fastsae.backends`."""
@@ -32,6 +33,16 @@ OPERATORS = {
     " bool unit_norm, str backend) -> ()",
 }
 """Schemas. What each operator computes is in the docstrings of :mod:`fastsae.backends.reference`."""
+
+
+def wide_dtype(t: Tensor) -> torch.dtype:
+    """The dtype that sums over ``t`` run in: fp32, or fp64 of fp64."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def upcast(t: Tensor) -> Tensor:
+    """``t`` in its :func:`wide_dtype`; itself where it is already."""
+    return t.to(wide_dtype(t))
 
 
 def implementation(op: str, backend: str) -> Callable:
@@ -91,8 +102,7 @@ def _transpose_fake(values, indices, offsets, n_latents, backend):
 
 @torch.library.register_fake("fastsae::row_grads")
 def _row_grads_fake(coefs, x, starts, tokens, backend):
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(starts.shape[0] - 1, x.shape[1], dtype=dtype)
+    return x.new_empty(starts.shape[0] - 1, x.shape[1], dtype=wide_dtype(x))
 
 
 @torch.library.register_fake("fastsae::row_update")

@@ -17,6 +17,7 @@ from fastsae.checks import BadValue, check_choice, check_type, reject
 from fastsae.code import SparseCode
 from fastsae.config import AuxK, BatchTopK, DecoderNormL1, JumpReLU, SAEConfig
 from fastsae.files import WEIGHTS_FILE, check_tensors, read_dictionary, write_dictionary
+from fastsae.ops import upcast
 
 __all__ = ["SAE", "TrainingOutput", "load"]
 
@@ -102,7 +103,7 @@ class SAE(nn.Module):
         self.b_enc.zero_()
         self.b_dec.zero_()
         self.W_enc.normal_()
-        self.W_enc.div_(losses.upcast(self.W_enc).norm(dim=1, keepdim=True).to(self.W_enc.dtype))
+        self.W_enc.div_(upcast(self.W_enc).norm(dim=1, keepdim=True).to(self.W_enc.dtype))
         if not self.config.unit_norm_decoder:
             self.W_enc.mul_(0.1)
         if self.config.d_out == self.config.d_in:
@@ -196,7 +197,7 @@ class SAE(nn.Module):
             if isinstance(term, AuxK):
                 encoder_input = self.encoder_input(x)[0].reshape(-1, self.config.d_in)
                 terms[term.name] = losses.auxk(
-                    losses.upcast(flat_target) - losses.upcast(flat_hat.detach()),
+                    upcast(flat_target) - upcast(flat_hat.detach()),
                     encoder_input,
                     self.dead_latents(),
                     self.W_enc,
@@ -234,7 +235,7 @@ class SAE(nn.Module):
             return (target * self.norm_scale).to(target.dtype)
         if code.mean is None or code.scale is None:
             return target
-        flat = losses.upcast(target).reshape(-1, target.shape[-1])
+        flat = upcast(target).reshape(-1, target.shape[-1])
         return ((flat - code.mean) / code.scale).to(target.dtype).view(target.shape)
 
     @torch.no_grad()
@@ -250,7 +251,7 @@ class SAE(nn.Module):
             reject("x", "a sample that is empty or holds NaN or Inf", "finite activations [n, d_in]")
         self.estimate_norm_scale_(flat, again=True)
         if self.config.subtract_b_dec:
-            self.b_dec.copy_(_geometric_median(losses.upcast(self._normalise(flat)[0])))
+            self.b_dec.copy_(_geometric_median(upcast(self._normalise(flat)[0])))
         return self
 
     @torch.no_grad()
@@ -259,7 +260,7 @@ class SAE(nn.Module):
         if self.config.normalization != "scalar" or not (again or self.norm_scale < 0):
             return
         F.check_input("x", x, self.W_enc)
-        power = losses.upcast(x).reshape(-1, x.shape[-1]).square().sum(1).mean()
+        power = upcast(x).reshape(-1, x.shape[-1]).square().sum(1).mean()
         if not power > 0 or not power.isfinite():
             reject("x", f"a sample with mean ||x||^2 = {power.item():g}", "one that isn't zero, NaN or Inf")
         self.norm_scale.copy_((self.config.d_in / power).sqrt())
@@ -308,7 +309,7 @@ class SAE(nn.Module):
     def full_precision(self, name: str) -> Tensor:
         """The weight ``name`` with all its bits, whatever the format: at least fp32."""
         check_choice("name", name, ("W_enc", "b_enc", "W_dec", "b_dec"))
-        return losses.upcast(getattr(self, name).detach())
+        return upcast(getattr(self, name).detach())
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write config.json and model.safetensors: both whole on disk before either takes its place.
@@ -367,7 +368,7 @@ class SAE(nn.Module):
             return x, None, None
         if self.config.normalization == "scalar":
             return (x * self._scale()).to(x.dtype), None, None
-        wide = losses.upcast(x)
+        wide = upcast(x)
         mean = wide.mean(-1, keepdim=True)
         # torch's std warns of no tokens
         std = wide.std(-1, keepdim=True, correction=min(1, x.shape[-1] - 1)) if x.numel() else mean
@@ -388,7 +389,7 @@ class SAE(nn.Module):
             return x_hat
         if code is None or code.mean is None or code.scale is None:
             reject("code", "a code without mean and scale", "one that this dictionary's encode_sparse made")
-        flat = losses.upcast(x_hat).reshape(-1, x_hat.shape[-1])
+        flat = upcast(x_hat).reshape(-1, x_hat.shape[-1])
         return (flat * code.scale + code.mean).to(x_hat.dtype).view(x_hat.shape)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastsae.ops import upcast
+
 __all__ = ["code_grad", "decode", "encode", "row_grads", "row_update", "transpose"]
 
 
@@ -34,9 +36,9 @@ def encode(
     if subset is not None:
         W_enc, b_enc = W_enc[subset], None if b_enc is None else b_enc[subset]
     n, m = x.shape[0], W_enc.shape[0]
-    pre = _upcast(x) @ _upcast(W_enc).T
+    pre = upcast(x) @ upcast(W_enc).T
     if b_enc is not None:
-        pre = pre + _upcast(b_enc)
+        pre = pre + upcast(b_enc)
     rank = pre.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     k = min(k, m)
     if rule == "topk":
@@ -47,7 +49,7 @@ def encode(
         rows, columns = flat // max(m, 1), flat % max(m, 1)
     else:
         assert threshold is not None
-        rows, columns = (rank > _upcast(threshold).clamp_min(0)).nonzero(as_tuple=True)
+        rows, columns = (rank > upcast(threshold).clamp_min(0)).nonzero(as_tuple=True)
     counts = torch.bincount(rows, minlength=n)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     indices = columns if subset is None else subset[columns]
@@ -57,13 +59,13 @@ def encode(
 def decode(values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """x_hat[n] = sum_j values[j] * W_dec[indices[j]] + b_dec over row n's entries; [N, D], W_dec's dtype."""
     code = _dense(values, indices, offsets, W_dec.shape[0])
-    x_hat = code @ _upcast(W_dec)
-    return (x_hat if b_dec is None else x_hat + _upcast(b_dec)).to(W_dec.dtype)
+    x_hat = code @ upcast(W_dec)
+    return (x_hat if b_dec is None else x_hat + upcast(b_dec)).to(W_dec.dtype)
 
 
 def code_grad(grad_x_hat: Tensor, W_dec: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
     """grad_values[j] = <grad_x_hat[row of j], W_dec[indices[j]]>; [P], 0 beyond offsets[-1]."""
-    dense = _upcast(grad_x_hat) @ _upcast(W_dec).T
+    dense = upcast(grad_x_hat) @ upcast(W_dec).T
     rows, stored = _rows(offsets), int(offsets[-1])
     grad = grad_x_hat.new_zeros(indices.shape[0])
     grad[:stored] = dense[rows, indices[:stored].long()].to(grad.dtype)
@@ -103,7 +105,7 @@ def row_grads(coefs: Tensor, x: Tensor, starts: Tensor, tokens: Tensor) -> Tenso
     ``starts`` may be a slice of a longer one, so it needn't begin at 0. [R, D] in float32 (float64 of
     float64).
     """
-    x, coefs = _upcast(x), _upcast(coefs)
+    x, coefs = upcast(x), upcast(coefs)
     first, last = int(starts[0]), int(starts[-1])
     rows = torch.arange(starts.shape[0] - 1, device=x.device).repeat_interleave(starts.diff())
     grad = x.new_zeros(starts.shape[0] - 1, x.shape[1])
@@ -144,7 +146,7 @@ def row_update(
     [M] int32 becomes ``step``.
     """
     index = slice(None) if rows is None else rows
-    w, m, v = (_upcast(t[index]) for t in (weight, exp_avg, exp_avg_sq))
+    w, m, v = (upcast(t[index]) for t in (weight, exp_avg, exp_avg_sq))
     if coast is not None:
         w, m, v = _coast(
             w, m, v, last_step[index].long(), coast, beta1, beta2, eps, step - (grad is not None)
@@ -175,16 +177,12 @@ def _coast(w, m, v, last, coast, beta1, beta2, eps, until):
     return w - owed * m / (v.sqrt() + floor), decay1 * m, decay2 * v
 
 
-def _upcast(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
-
-
 def _rows(offsets: Tensor) -> Tensor:
     return torch.arange(offsets.shape[0] - 1, device=offsets.device).repeat_interleave(offsets.diff())
 
 
 def _dense(values: Tensor, indices: Tensor, offsets: Tensor, n_latents: int) -> Tensor:
     stored = int(offsets[-1])
-    code = _upcast(values).new_zeros(offsets.shape[0] - 1, n_latents)
-    code[_rows(offsets), indices[:stored].long()] = _upcast(values[:stored])
+    code = upcast(values).new_zeros(offsets.shape[0] - 1, n_latents)
+    code[_rows(offsets), indices[:stored].long()] = upcast(values[:stored])
     return code

@@ -1,19 +1,20 @@
-"""Portable PyTorch: the same operators in bounded memory, fast on a CPU. See
-:mod:`fastsae.backends.reference`.
+"""Portable PyTorch: the operators of :mod:`fastsae.backends.reference` in bounded memory, fast on a CPU.
 
-``encode`` scores a block of columns at a time into one reused-size buffer and keeps, per token, only the
-scores above its running k-th best. A block is first reduced to the maxima of strided groups of columns, so
+``encode`` scores a block of columns at a time and keeps, per token, only the scores above its running k-th
+best. A block is first reduced to the maxima of strided groups of columns, so
 that the threshold is compared with one number in 32; exact, because a group whose maximum fails holds nothing
 that passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as nnf
+
+from fastsae.ops import upcast
 
 __all__ = ["code_grad", "decode", "encode", "row_grads", "row_update", "transpose"]
 
@@ -41,7 +42,7 @@ def encode(
     k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fastsae.backends.reference.encode`. At most BLOCK_SCORES scores are in memory at a time."""
-    x, latents = _upcast(x), _Latents(W_enc, b_enc, subset)
+    x, latents = upcast(x), _Latents(W_enc, b_enc, subset)
     m = len(latents)
     if rule == "topk":
         blocks = [_encode_topk(part, latents, min(k, m)) for part in x.split(MAX_TOKENS)]
@@ -51,7 +52,7 @@ def encode(
         values, columns, offsets = _encode_batchtopk(x, latents, x.shape[0] * min(k, m))
     else:
         assert threshold is not None
-        cut = _upcast(threshold).clamp_min(0)
+        cut = upcast(threshold).clamp_min(0)
         values, columns, offsets = _encode_threshold(x, latents, cut)
     indices = columns if subset is None else subset[columns.long()]
     return values.relu().to(W_enc.dtype), indices.int(), offsets
@@ -76,9 +77,11 @@ class _Latents:
     def __len__(self) -> int:
         return len(self.W if self.subset is None else self.subset)
 
-    def scores(self, x: Tensor, lo: int, hi: int) -> Tensor:
-        rows = slice(lo, hi) if self.subset is None else self.subset[lo:hi]
-        return _scores(x, self.W[rows], None if self.b is None else self.b[rows])
+    def blocks(self, x: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
+        """The first latent and the scores [N, up to width] of one block after the other."""
+        for lo in range(0, len(self), width):
+            rows = slice(lo, lo + width) if self.subset is None else self.subset[lo : lo + width]
+            yield lo, _scores(x, self.W[rows], None if self.b is None else self.b[rows])
 
 
 def _block_width(n_tokens: int, d_in: int) -> int:
@@ -90,9 +93,8 @@ def score_all(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> None:
     """Compute all scores, a block at a time, and keep none: what encode costs at least. For benchmarks."""
     latents = _Latents(W_enc, b_enc, None)
     for part in x.split(MAX_TOKENS):
-        width = _block_width(*part.shape)
-        for lo in range(0, len(latents), width):
-            latents.scores(part, lo, min(lo + width, len(latents)))
+        for _ in latents.blocks(part, _block_width(*part.shape)):
+            pass
 
 
 class _RowBest:
@@ -139,13 +141,11 @@ def _encode_topk(x: Tensor, latents: _Latents, k: int) -> tuple[Tensor, Tensor]:
         # k groups reach the k-th largest maximum, so at least k scores do
         return maxima.topk(k, dim=1).values[:, -1:] if tau is None else tau
 
-    for number, lo in enumerate(range(0, m, width), start=1):
-        hi = min(lo + width, m)
-        scores = latents.scores(x, lo, hi)
+    for number, (lo, scores) in enumerate(latents.blocks(x, width), start=1):
         # >: a later column loses a tie
         rows, columns, values = _candidates(scores, group, threshold, torch.ge if tau is None else torch.gt)
         best.append(rows, (columns + lo).int(), values)
-        if number == next_cut or best.values.shape[1] > 4 * k + 64 or hi == m:
+        if number == next_cut or best.values.shape[1] > 4 * k + 64 or lo + width >= m:
             tau, next_cut = best.tighten(), 2 * number
     return best.values, best.columns
 
@@ -189,9 +189,7 @@ def _encode_batchtopk(x: Tensor, latents: _Latents, keep: int) -> tuple[Tensor, 
 
     for tokens in range(0, n, MAX_TOKENS):
         part = x[tokens : tokens + MAX_TOKENS]
-        width = _block_width(*part.shape)
-        for lo in range(0, m, width):
-            scores = latents.scores(part, lo, lo + width)
+        for lo, scores in latents.blocks(part, _block_width(*part.shape)):
             # >=: a later entry equal to the last one kept may have the lower place n * M + m
             found = _candidates(scores, min(GROUP, scores.shape[1]), threshold, torch.ge)
             rows = torch.cat([rows, found[0] + tokens])
@@ -224,11 +222,9 @@ def _encode_threshold(x: Tensor, latents: _Latents, cut: Tensor) -> tuple[Tensor
 
 def _above(x: Tensor, latents: _Latents, cut: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     found, counts = [], torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    width = _block_width(*x.shape)
-    for lo in range(0, len(latents), width):
-        hi = min(lo + width, len(latents))
-        scores = latents.scores(x, lo, hi)
-        rows, columns = (_rank(scores) > (cut[lo:hi] if cut.ndim else cut)).nonzero(as_tuple=True)
+    for lo, scores in latents.blocks(x, _block_width(*x.shape)):
+        bar = cut[lo : lo + scores.shape[1]] if cut.ndim else cut
+        rows, columns = (_rank(scores) > bar).nonzero(as_tuple=True)
         found.append((rows.int(), (columns + lo).int(), scores[rows, columns]))
         counts += torch.bincount(rows, minlength=len(x))
     total, place = int(counts.sum()), counts.cumsum(0) - counts
@@ -271,7 +267,7 @@ def code_grad(grad_x_hat: Tensor, W_dec: Tensor, indices: Tensor, offsets: Tenso
     """See :func:`fastsae.backends.reference.code_grad`. Gathers a block of rows of W_dec at a time."""
     stored, n = int(offsets[-1]), grad_x_hat.shape[0]
     grad = grad_x_hat.new_zeros(indices.shape[0])
-    y, dtype = _upcast(grad_x_hat), _upcast(grad_x_hat).dtype
+    y, dtype = upcast(grad_x_hat), upcast(grad_x_hat).dtype
     block = max(1, BLOCK_ELEMENTS // max(W_dec.shape[1], 1))
     indices = indices[:stored].long()
     rows = torch.arange(n, device=y.device).repeat_interleave(offsets.diff(), output_size=stored)
@@ -305,7 +301,7 @@ def transpose(
 def row_grads(coefs: Tensor, x: Tensor, starts: Tensor, tokens: Tensor) -> Tensor:
     """See :func:`fastsae.backends.reference.row_grads`."""
     first, last = int(starts[0]), int(starts[-1])
-    return _bag(tokens[first:last], _upcast(x), starts - first, coefs[first:last])
+    return _bag(tokens[first:last], upcast(x), starts - first, coefs[first:last])
 
 
 def row_update(
@@ -326,7 +322,7 @@ def row_update(
     """See :func:`fastsae.backends.reference.row_update`."""
     tensors = (weight, exp_avg, exp_avg_sq)
     # views where every row is meant, so that in-place arithmetic is the whole update
-    w, m, v = (_upcast(t if rows is None else t.index_select(0, rows)) for t in tensors)
+    w, m, v = (upcast(t if rows is None else t.index_select(0, rows)) for t in tensors)
     last = last_step if rows is None else last_step[rows]
     if coast is not None and (missed := step - (grad is not None) - last).any():
         _coast_(w, m, v, missed, last, coast, beta1, beta2, eps)
@@ -373,7 +369,3 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 def _rank(scores: Tensor) -> Tensor:
     """Scores as they are ordered: NaN counts as +Inf."""
     return scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-
-
-def _upcast(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()

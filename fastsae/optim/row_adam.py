@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from fastsae import ops  # noqa: F401  (registers torch.ops.fastsae)
 from fastsae.backends import Backend, resolve
 from fastsae.checks import check_choice, check_number, check_type, reject
+from fastsae.ops import wide_dtype
 from fastsae.sae import SAE
 
 __all__ = ["RowAdam"]
@@ -159,7 +159,7 @@ class RowAdam(torch.optim.Optimizer):
         elif group["mode"] == "dense":
             for lo, hi in self._blocks(param):
                 first, last = torch.searchsorted(rows, torch.tensor([lo, hi], device=rows.device)).tolist()
-                block = torch.zeros(hi - lo, *param.shape[1:], dtype=_wide(param), device=param.device)
+                block = torch.zeros(hi - lo, *param.shape[1:], dtype=wide_dtype(param), device=param.device)
                 if last > first:
                     block[rows[first:last] - lo] = grad(first, last).to(block.dtype)
                 self._update(group, [t[lo:hi] for t in self._tensors(param)], None, block)
@@ -199,7 +199,7 @@ class RowAdam(torch.optim.Optimizer):
         state = self.state[param]
         if not state:
             state["exp_avg"] = torch.zeros_like(
-                param, dtype=_wide(param), memory_format=torch.contiguous_format
+                param, dtype=wide_dtype(param), memory_format=torch.contiguous_format
             )
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
             state["last_step"] = torch.zeros(param.shape[:1] or 1, dtype=torch.int32, device=param.device)
@@ -262,10 +262,6 @@ def _groups(params: nn.Module | Iterable) -> Iterable:
 
 def _slicer(grad: Tensor) -> Callable[[int, int], Tensor]:
     return lambda lo, hi: grad[lo:hi]
-
-
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 def _check_grad(grad: Tensor) -> None:

@@ -38,6 +38,8 @@ def save_checkpoint(folder: Path, step: int, tree: dict[str, Any], keep: int = 2
     for leftover in folder.glob(".*.tmp"):  # of a run that was killed while writing
         shutil.rmtree(leftover)
     final = folder / f"step-{step:09d}"
+    if final.exists():  # the same step again: the same state
+        return final
     temporary = folder / f".{final.name}.tmp"
     temporary.mkdir()
     tensors: dict[str, Tensor] = {}
@@ -46,11 +48,8 @@ def save_checkpoint(folder: Path, step: int, tree: dict[str, Any], keep: int = 2
     (temporary / _PLAIN).write_text(json.dumps(plain))
     for path in (temporary / _TENSORS, temporary / _PLAIN, temporary):
         _sync(path)
-    if final.exists():  # the same step again, after a resume: its twin
-        shutil.rmtree(temporary)
-    else:
-        os.replace(temporary, final)
-        _sync(folder)
+    os.replace(temporary, final)
+    _sync(folder)
     for old in _checkpoints(folder)[:-keep]:
         hidden = old.with_name(f".{old.name}.tmp")
         os.replace(old, hidden)  # a half-removed checkpoint must not bear its name

@@ -18,6 +18,7 @@ from fastsae import losses
 from fastsae.backends import resolve
 from fastsae.checks import check_number, check_type, reject
 from fastsae.config import AuxK, DecoderNormL1, TopK
+from fastsae.ops import upcast
 from fastsae.optim import RowAdam
 from fastsae.sae import SAE
 
@@ -116,12 +117,12 @@ class _Forward:
 def _forward(sae: SAE, x: Tensor, target: Tensor | None, scale: dict[str, float]) -> _Forward:
     config, backend = sae.config, resolve(sae.backend)
     code = sae.encode_sparse(x)
-    target = losses.upcast(sae.normalise_target(x, target, code)).reshape(-1, config.d_out)
+    target = upcast(sae.normalise_target(x, target, code)).reshape(-1, config.d_out)
     x = sae.encoder_input(x)[0].reshape(-1, config.d_in)
     stored = int(code.offsets[-1])  # AuxK's rows follow right after what is stored
     values, indices = code.values[:stored], code.indices[:stored]
 
-    error = losses.upcast(_ops.decode(values, indices, code.offsets, sae.W_dec, sae.b_dec, backend)) - target
+    error = upcast(_ops.decode(values, indices, code.offsets, sae.W_dec, sae.b_dec, backend)) - target
     weight = scale["reconstruction"] * losses.error_scale(target, config.reconstruction)
     squares = error.square().sum()
     sae.count_firing_(code)
@@ -150,7 +151,7 @@ def _add_auxk(sae: SAE, forward: _Forward, error: Tensor, term: AuxK, weight: Te
         return torch.zeros_like(weight)
     x, backend = forward.x, resolve(sae.backend)
     aux = F.encode(x, sae.W_enc, sae.b_enc, TopK(min(k, len(dead))), subset=dead, backend=backend)
-    missed = losses.upcast(F.decode(aux, sae.W_dec, backend=backend)) + error
+    missed = upcast(F.decode(aux, sae.W_dec, backend=backend)) + error
     factor = term.coefficient * min(len(dead) / k, 1.0) * weight
     forward.values = torch.cat([forward.values, aux.values])
     forward.indices = torch.cat([forward.indices, aux.indices])
@@ -165,7 +166,7 @@ class _Gradients:
     def __init__(self, sae: SAE, forward: _Forward) -> None:
         self.sae, self.forward, self.backend = sae, forward, resolve(sae.backend)
         f, m = forward, sae.config.n_latents
-        self.x = losses.upcast(f.x)
+        self.x = upcast(f.x)
         grad_values = _ops.code_grad(f.grad_y, sae.W_dec, f.indices, f.offsets, self.backend)
         if f.l1:
             main = slice(int(f.offsets[f.n_tokens]))
@@ -174,7 +175,7 @@ class _Gradients:
         latents, starts, self.tokens, order = _ops.transpose(f.values, f.indices, f.offsets, m, self.backend)
         active = int((latents < m).sum())
         self.latents, self.starts = latents[:active], starts[: active + 1]
-        self.coefs, self.grad_pre = losses.upcast(f.values)[order], grad_pre[order]
+        self.coefs, self.grad_pre = upcast(f.values)[order], grad_pre[order]
         self.b_enc = self._sum(self.grad_pre, self.x.new_ones(len(f.x), 1), 0, active)
         self.b_dec = f.grad_y[: f.n_tokens].sum(0)
         if sae.config.subtract_b_dec:
@@ -196,7 +197,7 @@ class _Gradients:
         if f.l1:
             main = torch.arange(len(f.x), device=f.x.device) < f.n_tokens
             total = self._sum(self.coefs, main[:, None].to(grad.dtype), lo, hi)
-            rows = losses.upcast(self.sae.W_dec[self.latents[lo:hi]])
+            rows = upcast(self.sae.W_dec[self.latents[lo:hi]])
             grad += f.l1 * total * torch.nn.functional.normalize(rows, dim=1)
         return grad
 

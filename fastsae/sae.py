@@ -134,7 +134,13 @@ class SAE(nn.Module):
         BatchTopK uses its threshold in ``eval()`` (the batch's own rule while unset), the batch in
         ``train()``.
         """
-        encoder_input, mean, scale = self.encoder_input(x)
+        return self.encode_normalised(*self.normalise(x))[0]
+
+    def encode_normalised(
+        self, x: Tensor, mean: Tensor | None, scale: Tensor | None
+    ) -> tuple[SparseCode, Tensor]:
+        """The sparse code of what :meth:`normalise` gave, and what W_enc multiplied to get it."""
+        encoder_input = x - self.b_dec if self.config.subtract_b_dec else x
         threshold = self.threshold if "threshold" in self._buffers else None
         if isinstance(self.config.activation, BatchTopK) and (self.training or self.threshold < 0):
             threshold = None
@@ -147,7 +153,7 @@ class SAE(nn.Module):
             **self._options(),
         )
         code.mean, code.scale = mean, scale
-        return code
+        return code, encoder_input
 
     def encode(self, x: Tensor) -> Tensor:
         """The dense code [..., n_latents] of raw inputs [..., d_in]; see :meth:`encode_sparse`."""
@@ -186,19 +192,19 @@ class SAE(nn.Module):
         self.check_batch(x, target)
         if self.training:
             self.estimate_norm_scale_(x)
-        code = self.encode_sparse(x)
+        normalised = self.normalise(x)
+        code, encoder_input = self.encode_normalised(*normalised)
         x_hat = F.decode(code, self.W_dec, self.b_dec, **self._options())
         if self.training:
             self.count_firing_(code)
         flat_hat = x_hat.reshape(-1, x_hat.shape[-1])
-        flat_target = self.normalise_target(x, target, code).reshape(-1, x_hat.shape[-1])
+        flat_target = self.normalise_target(target, *normalised).reshape(-1, x_hat.shape[-1])
         terms = {"reconstruction": losses.reconstruction(flat_hat, flat_target, self.config.reconstruction)}
         for term in self.config.losses:
             if isinstance(term, AuxK):
-                encoder_input = self.encoder_input(x)[0].reshape(-1, self.config.d_in)
                 terms[term.name] = losses.auxk(
                     upcast(flat_target) - upcast(flat_hat.detach()),
-                    encoder_input,
+                    encoder_input.reshape(-1, self.config.d_in),
                     self.dead_latents(),
                     self.W_enc,
                     self.b_enc,
@@ -211,11 +217,6 @@ class SAE(nn.Module):
                 terms[term.name] = losses.decoder_norm_l1(code, self.W_dec, term.coefficient)
         return TrainingOutput(self._restore(x_hat, code), code, torch.stack([*terms.values()]).sum(), terms)
 
-    def encoder_input(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What W_enc multiplies: normalised x, less b_dec if subtracted; and layer norm's mean and scale."""
-        x, mean, scale = self._normalise(x)
-        return x - self.b_dec if self.config.subtract_b_dec else x, mean, scale
-
     def check_batch(self, x: Tensor, target: Tensor | None) -> None:
         """Raise unless ``x`` can be encoded and ``target`` be what its reconstruction is compared with."""
         F.check_input("x", x, self.W_enc)
@@ -227,16 +228,18 @@ class SAE(nn.Module):
         if target.shape[:-1] != x.shape[:-1]:
             reject("target", f"shape {tuple(target.shape)}", f"{(*x.shape[:-1], self.config.d_out)}, as x")
 
-    def normalise_target(self, x: Tensor, target: Tensor | None, code: SparseCode) -> Tensor:
-        """The target in the space of the loss, under x's own normalisation."""
+    def normalise_target(
+        self, target: Tensor | None, x: Tensor, mean: Tensor | None, scale: Tensor | None
+    ) -> Tensor:
+        """The target in the space of the loss, under x's own normalisation: x itself where it is None."""
         if target is None:
-            return self._normalise(x)[0]
+            return x
         if self.config.normalization == "scalar":
             return (target * self.norm_scale).to(target.dtype)
-        if code.mean is None or code.scale is None:
+        if mean is None or scale is None:
             return target
         flat = upcast(target).reshape(-1, target.shape[-1])
-        return ((flat - code.mean) / code.scale).to(target.dtype).view(target.shape)
+        return ((flat - mean) / scale).to(target.dtype).view(target.shape)
 
     @torch.no_grad()
     def calibrate_(self, x: Tensor) -> SAE:
@@ -251,7 +254,7 @@ class SAE(nn.Module):
             reject("x", "a sample that is empty or holds NaN or Inf", "finite activations [n, d_in]")
         self.estimate_norm_scale_(flat, again=True)
         if self.config.subtract_b_dec:
-            self.b_dec.copy_(_geometric_median(upcast(self._normalise(flat)[0])))
+            self.b_dec.copy_(_geometric_median(upcast(self.normalise(flat)[0])))
         return self
 
     @torch.no_grad()
@@ -361,7 +364,7 @@ class SAE(nn.Module):
     def _options(self) -> dict:
         return {"sparse_grad": self.sparse_grad, "backend": self.backend}
 
-    def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def normalise(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Normalised x, and for layer norm the per-token mean and scale [N, 1] that restore it."""
         F.check_input("x", x, self.W_enc)
         if self.config.normalization == "none":

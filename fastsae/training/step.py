@@ -116,20 +116,22 @@ class _Forward:
 
 def _forward(sae: SAE, x: Tensor, target: Tensor | None, scale: dict[str, float]) -> _Forward:
     config, backend = sae.config, resolve(sae.backend)
-    code = sae.encode_sparse(x)
-    target = upcast(sae.normalise_target(x, target, code)).reshape(-1, config.d_out)
-    x = sae.encoder_input(x)[0].reshape(-1, config.d_in)
+    normalised = sae.normalise(x)
+    code, x = sae.encode_normalised(*normalised)
+    target = upcast(sae.normalise_target(target, *normalised)).reshape(-1, config.d_out)
+    x = x.reshape(-1, config.d_in)
     stored = int(code.offsets[-1])  # AuxK's rows follow right after what is stored
     values, indices = code.values[:stored], code.indices[:stored]
 
     error = upcast(_ops.decode(values, indices, code.offsets, sae.W_dec, sae.b_dec, backend)) - target
-    weight = scale["reconstruction"] * losses.error_scale(target, config.reconstruction)
+    unit = losses.error_scale(target, config.reconstruction)
+    weight = scale["reconstruction"] * unit
     squares = error.square().sum()
     sae.count_firing_(code)
     forward = _Forward(
         values, indices, code.offsets, x, 2 * weight * error, len(x),
         terms={"reconstruction": weight * squares},
-        fvu=squares * losses.error_scale(target, "fvu"),
+        fvu=squares * (unit if config.reconstruction == "fvu" else losses.error_scale(target, "fvu")),
         l0=code.l0().float().mean(),
         dead=sae.dead_latents(),
     )  # fmt: skip
@@ -139,8 +141,7 @@ def _forward(sae: SAE, x: Tensor, target: Tensor | None, scale: dict[str, float]
             norms = losses.decoder_norm_l1(code, sae.W_dec, term.coefficient)
             forward.terms[term.name] = scale[term.name] * norms
         elif isinstance(term, AuxK):
-            weight = scale[term.name] * losses.error_scale(target, config.reconstruction)
-            forward.terms[term.name] = _add_auxk(sae, forward, error, term, weight)
+            forward.terms[term.name] = _add_auxk(sae, forward, error, term, scale[term.name] * unit)
     return forward
 
 
@@ -226,9 +227,8 @@ def _multipliers(sae: SAE, scale: dict[str, float] | None) -> dict[str, float]:
 
 
 def _skipped(sae: SAE, x: Tensor, counters: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    for name, buffer in sae.named_buffers():
-        if counters:
-            buffer.copy_(counters[name])
+    for name, before in (counters or {}).items():
+        sae.get_buffer(name).copy_(before)
     nan = torch.tensor(torch.nan, device=x.device)
     names = ["loss", "reconstruction", *(term.name for term in sae.config.losses), "fvu", "l0"]
     return dict.fromkeys(names, nan) | {

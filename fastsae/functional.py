@@ -69,14 +69,14 @@ def encode(
     k = getattr(activation, "k", 0)
     if k > m:
         reject("k", k, f"an integer in 1..{m} (rows of W_enc)")
-    rule, threshold = _selection(activation, threshold, W_enc)
+    rule, threshold = selection(activation, threshold, W_enc)
     if subset is not None:
         check_subset(subset, W_enc)
         threshold = threshold[subset] if threshold is not None and threshold.ndim else threshold
         k = min(k, len(subset))
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     values, indices, offsets = Encode.apply(
-        flat, W_enc, b_enc, threshold, subset, rule, k, resolve(backend), sparse_grad
+        flat, W_enc, b_enc, threshold, subset, rule, k, resolve(backend, flat), sparse_grad
     )
     return SparseCode(
         values, indices, offsets, m, tuple(x.shape[:-1]), per_token=k if rule == "topk" else None
@@ -122,7 +122,7 @@ def decode(
     # elsewhere the check would make the host wait, and a graph has no values to check
     if code.indices.device.type == "cpu" and not torch.compiler.is_compiling():
         check_indices(code)
-    x_hat = Decode.apply(values, code.indices, code.offsets, W_dec, b_dec, resolve(backend), sparse_grad)
+    x_hat = Decode.apply(values, code.indices, code.offsets, W_dec, b_dec, resolve(backend, W_dec), sparse_grad)
     return x_hat.view(*code.leading, W_dec.shape[1])
 
 
@@ -164,10 +164,10 @@ def check_indices(code: SparseCode) -> None:
             reject("code.indices", f"values in {low}..{high}", f"values in 0..{code.n_latents - 1}")
 
 
-def _selection(
+def selection(
     activation: Activation, threshold: Tensor | float | None, W: Tensor
 ) -> tuple[str, Tensor | None]:
-    """The operator's rule and its threshold, [M] or scalar, in fp32 (fp64 of fp64)."""
+    """The operator's rule and its threshold for ``W`` [M, D]: [M] or scalar, in fp32 (fp64 of fp64)."""
     m, dtype = W.shape[0], wide_dtype(W)
     if threshold is None:
         if activation.rule != "threshold":

@@ -64,5 +64,5 @@ def auxk(
 def decoder_norm_l1(code: SparseCode, W_dec: Tensor, coefficient: float) -> Tensor:
     """coefficient * mean_n sum_i f_i ||W_dec[i]||, 0-dim. See :class:`fastsae.DecoderNormL1`."""
     stored = code.rows() < code.n_tokens
-    norms = row_norms(W_dec)[code.indices[stored].long()]
-    return coefficient * (upcast(code.values)[stored] * norms).sum() / max(code.n_tokens, 1)
+    norms = row_norms(W_dec)[torch.where(stored, code.indices, 0).long()]
+    return coefficient * (torch.where(stored, upcast(code.values), 0) * norms).sum() / max(code.n_tokens, 1)

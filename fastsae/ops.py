@@ -16,21 +16,30 @@ from torch import Tensor
 
 __all__ = ["BACKENDS", "OPERATORS", "implementation", "upcast", "wide_dtype"]
 
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "torch", "triton")
 """Backends with an implementation of every operator, as modules of :mod:`fastsae.backends`."""
 
 OPERATORS = {
     "encode": "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? threshold, Tensor? subset, str rule,"
     " int k, str backend) -> (Tensor values, Tensor indices, Tensor offsets)",
+    "encode_dead": "(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? threshold, Tensor dead, str rule, int k,"
+    " int k_dead, str backend) -> (Tensor values, Tensor indices, Tensor offsets, Tensor dead_values,"
+    " Tensor dead_indices, Tensor dead_offsets)",
     "decode": "(Tensor values, Tensor indices, Tensor offsets, Tensor W_dec, Tensor? b_dec, str backend)"
     " -> Tensor",
+    "decode_error": "(Tensor values, Tensor indices, Tensor offsets, Tensor W_dec, Tensor? b_dec,"
+    " Tensor target, str backend) -> (Tensor error, Tensor squares)",
     "code_grad": "(Tensor grad_x_hat, Tensor W_dec, Tensor indices, Tensor offsets, str backend) -> Tensor",
     "transpose": "(Tensor values, Tensor indices, Tensor offsets, int n_latents, str backend)"
     " -> (Tensor latents, Tensor starts, Tensor tokens, Tensor order)",
     "row_grads": "(Tensor coefs, Tensor x, Tensor starts, Tensor tokens, str backend) -> Tensor",
     "row_update": "(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) last_step,"
-    " Tensor? rows, Tensor? grad, Tensor? coast, float lr, float beta1, float beta2, float eps, int step,"
+    " Tensor? rows, Tensor? grad, Tensor? coast, Tensor clock, float beta1, float beta2, float eps,"
     " bool unit_norm, str backend) -> ()",
+    "row_step": "(Tensor(a!) W_enc, Tensor(b!) b_enc, Tensor(c!) W_dec, Tensor(d!)[] enc_state,"
+    " Tensor(e!)[] bias_state, Tensor(f!)[] dec_state, Tensor?[] coasts, Tensor[] clocks, float[] betas,"
+    " float[] eps, bool[] every_row, bool unit_norm, Tensor values, Tensor indices, Tensor offsets, Tensor x,"
+    " Tensor error, Tensor scale, float l1, str backend) -> Tensor",
 }
 """Schemas. What each operator computes is in the docstrings of :mod:`fastsae.backends.reference`."""
 
@@ -82,6 +91,19 @@ def _encode_fake(x, W_enc, b_enc, threshold, subset, rule, k, backend):
     )
 
 
+@torch.library.register_fake("fastsae::encode_dead")
+def _encode_dead_fake(x, W_enc, b_enc, threshold, dead, rule, k, k_dead, backend):
+    main = _encode_fake(x, W_enc, b_enc, threshold, None, rule, k, backend)
+    return *main, *_encode_fake(x, W_enc, b_enc, None, None, "topk", k_dead, backend)
+
+
+@torch.library.register_fake("fastsae::decode_error")
+def _decode_error_fake(values, indices, offsets, W_dec, b_dec, target, backend):
+    return torch.empty_like(target, dtype=W_dec.dtype), target.new_empty(
+        target.shape[0], dtype=wide_dtype(target)
+    )
+
+
 @torch.library.register_fake("fastsae::decode")
 def _decode_fake(values, indices, offsets, W_dec, b_dec, backend):
     return W_dec.new_empty(offsets.shape[0] - 1, W_dec.shape[1])
@@ -108,3 +130,8 @@ def _row_grads_fake(coefs, x, starts, tokens, backend):
 @torch.library.register_fake("fastsae::row_update")
 def _row_update_fake(*args):
     return None
+
+
+@torch.library.register_fake("fastsae::row_step")
+def _row_step_fake(W_enc, *args):
+    return W_enc.new_empty(W_enc.shape[1], dtype=wide_dtype(W_enc))

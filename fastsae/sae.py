@@ -82,6 +82,7 @@ class SAE(nn.Module):
         self.config, self.weight_format = config, weight_format
         self.sparse_grad, self.backend = sparse_grad, backend
         self._optimizer: weakref.ref | None = None
+        self._norm_scale_set = False
         m = config.n_latents
         self.W_enc = nn.Parameter(torch.empty(m, config.d_in, device=device, dtype=dtype))
         self.b_enc = nn.Parameter(torch.empty(m, device=device, dtype=dtype))
@@ -141,19 +142,23 @@ class SAE(nn.Module):
     ) -> tuple[SparseCode, Tensor]:
         """The sparse code of what :meth:`normalise` gave, and what W_enc multiplied to get it."""
         encoder_input = x - self.b_dec if self.config.subtract_b_dec else x
-        threshold = self.threshold if "threshold" in self._buffers else None
-        if isinstance(self.config.activation, BatchTopK) and (self.training or self.threshold < 0):
-            threshold = None
         code = F.encode(
             encoder_input,
             self.W_enc,
             self.b_enc,
             self.config.activation,
-            threshold=threshold,
+            threshold=self.threshold_in_use(),
             **self._options(),
         )
         code.mean, code.scale = mean, scale
         return code, encoder_input
+
+    def threshold_in_use(self) -> Tensor | None:
+        """What encode compares with: BatchTopK's only in ``eval()`` and once set, JumpReLU's always."""
+        if "threshold" not in self._buffers:
+            return None
+        by_batch = isinstance(self.config.activation, BatchTopK)
+        return None if by_batch and (self.training or self.threshold < 0) else self.threshold
 
     def encode(self, x: Tensor) -> Tensor:
         """The dense code [..., n_latents] of raw inputs [..., d_in]; see :meth:`encode_sparse`."""
@@ -185,7 +190,8 @@ class SAE(nn.Module):
             loss = reconstruction + sum of config.losses;  the terms by name in ``losses``, coefficients
             included
 
-        In ``train()`` mode also counts which latents fired and moves BatchTopK's threshold. "scalar"
+        AuxK works on the latents that were dead before this batch. In ``train()`` mode also counts which
+        latents fired and moves BatchTopK's threshold. "scalar"
         normalisation that is still unset is estimated from ``x`` (see :meth:`calibrate_`, which takes a
         better sample).
         """
@@ -195,6 +201,7 @@ class SAE(nn.Module):
         normalised = self.normalise(x)
         code, encoder_input = self.encode_normalised(*normalised)
         x_hat = F.decode(code, self.W_dec, self.b_dec, **self._options())
+        dead = self.dead_latents() if "auxk" in (t.name for t in self.config.losses) else None
         if self.training:
             self.count_firing_(code)
         flat_hat = x_hat.reshape(-1, x_hat.shape[-1])
@@ -205,7 +212,7 @@ class SAE(nn.Module):
                 terms[term.name] = losses.auxk(
                     upcast(flat_target) - upcast(flat_hat.detach()),
                     encoder_input.reshape(-1, self.config.d_in),
-                    self.dead_latents(),
+                    dead,
                     self.W_enc,
                     self.b_enc,
                     self.W_dec,
@@ -260,7 +267,7 @@ class SAE(nn.Module):
     @torch.no_grad()
     def estimate_norm_scale_(self, x: Tensor, again: bool = False) -> None:
         """Set "scalar" normalisation's norm_scale from ``x`` where it is still unset (or ``again``)."""
-        if self.config.normalization != "scalar" or not (again or self.norm_scale < 0):
+        if self.config.normalization != "scalar" or (self.norm_scale_is_set() and not again):
             return
         F.check_input("x", x, self.W_enc)
         power = upcast(x).reshape(-1, x.shape[-1]).square().sum(1).mean()
@@ -269,24 +276,34 @@ class SAE(nn.Module):
         self.norm_scale.copy_((self.config.d_in / power).sqrt())
 
     @torch.no_grad()
-    def count_firing_(self, code: SparseCode) -> None:
-        """Note a training batch: which latents fired, and BatchTopK's smallest positive value."""
-        self.tokens_seen += code.n_tokens
-        stored = (code.rows() < code.n_tokens) & (code.values > 0)
-        fired = code.indices[stored].long()
-        self.last_fired[fired] = self.tokens_seen
-        if isinstance(self.config.activation, BatchTopK) and len(fired):
-            smallest = code.values[stored].min().float()
-            moved = _THRESHOLD_DECAY * self.threshold + (1 - _THRESHOLD_DECAY) * smallest
-            self.threshold.copy_(torch.where(self.threshold < 0, smallest, moved))
+    def count_firing_(self, code: SparseCode, proceed: Tensor | None = None) -> None:
+        """Note a training batch: which latents fired, and BatchTopK's smallest positive value.
 
-    def dead_latents(self, dead_after: int | None = None) -> Tensor:
-        """Latents that haven't fired for ``dead_after`` tokens (AuxK's own where None), ascending int64."""
+        Nothing is noted where the 0-dim bool ``proceed`` is False, which the host needn't know.
+        """
+        fired = (code.rows() < code.n_tokens) & (code.values > 0)
+        if proceed is not None:
+            fired &= proceed
+        self.tokens_seen += code.n_tokens if proceed is None else code.n_tokens * proceed
+        when = torch.where(fired, self.tokens_seen, 0)
+        self.last_fired.scatter_reduce_(0, torch.where(fired, code.indices, 0).long(), when, "amax")
+        if isinstance(self.config.activation, BatchTopK) and len(fired):
+            smallest = torch.where(fired, code.values, torch.inf).min().float()
+            moved = _THRESHOLD_DECAY * self.threshold + (1 - _THRESHOLD_DECAY) * smallest
+            moved = torch.where(self.threshold < 0, smallest, moved)
+            self.threshold.copy_(torch.where(smallest < torch.inf, moved, self.threshold))
+
+    def dead_mask(self, dead_after: int | None = None) -> Tensor:
+        """Which latents haven't fired for ``dead_after`` tokens (AuxK's own where None), [M] bool."""
         if dead_after is None:
             dead_after = next(
                 (t.dead_after for t in self.config.losses if isinstance(t, AuxK)), AuxK().dead_after
             )
-        return (self.tokens_seen - self.last_fired >= dead_after).nonzero().flatten()
+        return self.tokens_seen - self.last_fired >= dead_after
+
+    def dead_latents(self, dead_after: int | None = None) -> Tensor:
+        """The latents of :meth:`dead_mask`, ascending int64."""
+        return self.dead_mask(dead_after).nonzero().flatten()
 
     @torch.no_grad()
     def constrain_gradients_(self) -> None:
@@ -378,8 +395,22 @@ class SAE(nn.Module):
         scale = std + 1e-5
         return ((wide - mean) / scale).to(x.dtype), mean.reshape(-1, 1), scale.reshape(-1, 1)
 
+    def norm_scale_is_set(self) -> bool:
+        """Whether "scalar" normalisation has its scale; asks the device only until it has."""
+        self._norm_scale_set = self._norm_scale_set or bool(self.norm_scale >= 0)
+        return self._norm_scale_set
+
+    def unset_norm_scale_(self) -> None:
+        """Let "scalar" normalisation's scale be estimated anew from the next training batch."""
+        self.norm_scale.fill_(-1)
+        self._norm_scale_set = False
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._norm_scale_set = False
+
     def _scale(self) -> Tensor:
-        if self.norm_scale < 0:
+        if not self.norm_scale_is_set():
             raise BadValue(
                 "norm_scale: got no value yet, expected sae.calibrate_(sample) or a training step first"
             )

@@ -43,11 +43,17 @@ def test_every_backend_offers_the_operators_and_nothing_else():
         assert sorted(module.__all__) == sorted(ops.OPERATORS)
 
 
-def test_only_the_row_update_changes_its_arguments():
+CHANGED = {
+    "row_update": ["weight", "exp_avg", "exp_avg_sq", "last_step"],
+    "row_step": ["W_enc", "b_enc", "W_dec", "enc_state", "bias_state", "dec_state"],
+}
+
+
+def test_only_the_optimizer_changes_its_arguments():
     for op in ops.OPERATORS:
         schema = getattr(torch.ops.fastsae, op).default._schema
         changed = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-        assert changed == (["weight", "exp_avg", "exp_avg_sq", "last_step"] if op == "row_update" else [])
+        assert changed == CHANGED.get(op, [])
 
 
 def operands(dtype, n, m):
@@ -60,7 +66,10 @@ def operands(dtype, n, m):
     wide = torch.promote_types(dtype, torch.float32)
     moments = torch.zeros(m, 5, dtype=wide), torch.zeros(m, 5, dtype=wide), torch.zeros(m, dtype=torch.int32)
     coast = torch.ones(8, dtype=torch.float64)
-    adam = (1e-3, 0.9, 0.999, 1e-8, 3, True)
+    clock = torch.tensor([3, 1e-3, 1e-8, 1], dtype=torch.float64)
+    adam = (clock, 0.9, 0.999, 1e-8, True)
+    dead = torch.arange(m) % 4 == 0
+    weights = (W_enc, b_enc, W_dec)
     yield "encode", (x, W_enc, b_enc, None, None, "topk", 3)
     yield "encode", (x, W_enc, None, None, None, "topk", m)
     yield "encode", (x, W_enc, b_enc, None, subset, "topk", 1)
@@ -77,6 +86,17 @@ def operands(dtype, n, m):
     yield "row_update", (W_enc, *moments, None, torch.ones(m, 5), None, *adam)
     yield "row_update", (W_enc, *moments, subset, torch.ones(len(subset), 5), coast, *adam)
     yield "row_update", (W_enc, *moments, None, None, coast, *adam)
+    yield "encode_dead", (x, W_enc, b_enc, None, dead, "topk", 3, 2)
+    yield "encode_dead", (x, W_enc, b_enc, None, dead, "batchtopk", 3, m)
+    yield "encode_dead", (x, W_enc, None, threshold, dead, "threshold", 0, 2)
+    yield "decode_error", (values, indices, offsets, W_dec, b_dec, x)
+    yield "decode_error", (values, indices, offsets, W_dec, None, x)
+    error, scale = torch.cat([x, x])[:n], torch.rand(n, dtype=wide)
+    three = [None, coast, None], [clock] * 3, [0.9, 0.999] * 3, [1e-8] * 3, [False, False, True]
+    states = [[t.clone() for t in moments] for _ in range(3)]
+    states[1] = [t[:, :1].flatten().clone() if t.ndim == 2 else t for t in states[1]]
+    yield "row_step", (*weights, *states, *three, True, values, indices, offsets, x, error, scale, 0.1)
+    yield "row_step", (*weights, [], [], states[2], *three, False, values, indices, offsets, x, error, scale, 0.0)
 
 
 @pytest.mark.parametrize("backend", ops.BACKENDS)

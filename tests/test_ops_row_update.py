@@ -13,7 +13,16 @@ BETA1, BETA2, EPS, LR = 0.9, 0.999, 1e-8, 3e-3
 
 
 def row_update(state, rows, grad, coast, step, backend, unit_norm=False, betas=(BETA1, BETA2), eps=EPS):
-    torch.ops.fastsae.row_update(*state, rows, grad, coast, LR, *betas, eps, step, unit_norm, backend)
+    torch.ops.fastsae.row_update(
+        *state, rows, grad, coast, clock_at(step, betas, eps), *betas, eps, unit_norm, backend
+    )
+
+
+def clock_at(step, betas=(BETA1, BETA2), eps=EPS, proceed=1):
+    correction = math.sqrt(1 - betas[1] ** step)
+    return torch.tensor(
+        [step, LR * correction / (1 - betas[0] ** step), eps * correction, proceed], dtype=torch.float64
+    )
 
 
 def state(m, d, dtype=torch.float32, seed=0):
@@ -175,6 +184,25 @@ def test_rows_of_a_view_are_updated_in_place(any_backend):
     for t, expected, before in zip(whole, alone, state(9, 4), strict=True):
         assert_same(t[3:6], expected)
         assert_same(t[6:], before[6:])
+
+
+def test_nothing_is_done_where_the_clock_says_so(any_backend):
+    before = state(5, 7)
+    after, clock = copies(before), clock_at(9, proceed=0)
+    arguments = None, torch.ones(5, 7), torch.ones(10, dtype=torch.float64), clock, BETA1, BETA2, EPS, True
+    torch.ops.fastsae.row_update(*after, *arguments, any_backend)
+    for new, old in zip(after, before, strict=True):
+        assert_same(new, old)
+
+
+def test_a_row_id_that_is_not_a_row_is_passed_over(any_backend):
+    """As the unused places that transpose fills with n_latents."""
+    before, rows, grad = state(5, 7), torch.tensor([1, 3, 5, 5]), torch.randn(4, 7)
+    after, expected = copies(before), copies(before)
+    row_update(after, rows, grad, None, 7, any_backend)
+    row_update(expected, rows[:2], grad[:2], None, 7, any_backend)
+    for new, old in zip(after, expected, strict=True):
+        assert_same(new, old)
 
 
 def test_two_runs_agree_to_the_bit(backend, two_threads):

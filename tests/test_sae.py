@@ -333,7 +333,7 @@ def test_auxk_measures_the_residual_in_fp32():
     sae = make(TopK(3), torch.bfloat16, losses=(term,), reconstruction="squared_error")
     with torch.no_grad():
         sae.b_enc[7] = -1000  # dead, and nothing to offer: its e_hat is 0
-        sae.tokens_seen.fill_(N)
+        sae.tokens_seen.fill_(2 * N)
         sae.last_fired.fill_(N + 1)
         sae.last_fired[7] = 0
     out = sae.training_forward(data(N, D).bfloat16())

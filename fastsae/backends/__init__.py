@@ -23,15 +23,45 @@ __all__ = ["Backend", "available", "diagnose", "resolve"]
 
 Backend = str
 """One of "auto", "reference", "torch", "triton", "cuda"."""
-_PLANNED = {
-    "triton": "this version holds no Triton kernels yet",
-    "cuda": "this version holds no CUDA kernels yet",
-}
+MEASURED: dict[int, str] = {}
+"""GPUs for which ``auto`` takes Triton: 10 * major + minor, and the file of benchmarks/results that says why."""
 
 
 def available() -> dict[str, str | None]:
     """Each backend's name with None where it can be used, else the reason why not."""
-    return dict.fromkeys(BACKENDS) | _PLANNED
+    return dict.fromkeys(BACKENDS) | {
+        "triton": _no_triton(),
+        "cuda": "this version holds no CUDA kernels yet",
+    }
+
+
+def _no_triton() -> str | None:
+    try:
+        from triton import knobs
+    except ImportError:
+        return "triton is not installed (pip install triton; Linux only)"
+    if pytorch.cuda.is_available() or knobs.runtime.interpret:
+        return None
+    return "there is no CUDA device (TRITON_INTERPRET=1 runs its kernels on a CPU, slowly, for tests)"
+
+
+def _auto(like: pytorch.Tensor | None) -> str:
+    if like is None or like.device.type != "cuda" or _unfit("triton", like) or _no_triton():
+        return "torch"
+    major, minor = pytorch.cuda.get_device_capability(like.device)
+    return "triton" if 10 * major + minor in MEASURED else "torch"
+
+
+def _unfit(backend: str, like: pytorch.Tensor) -> str | None:
+    """Why ``backend``, though it is usable, can't work on a tensor such as ``like``."""
+    if backend != "triton":
+        return None
+    if like.dtype == pytorch.float64:
+        return "float64, which only reference and torch compute in"
+    from triton import knobs
+
+    on_gpu = like.device.type in ("cuda", "meta")
+    return None if on_gpu or knobs.runtime.interpret else f"a tensor on {like.device}: its kernels need CUDA"
 
 
 def diagnose() -> dict[str, str]:
@@ -49,7 +79,10 @@ def diagnose() -> dict[str, str]:
     if not pytorch.cuda.is_available():
         report["cuda"] = "no CUDA device" if pytorch.version.cuda else "this torch is built without CUDA"
     report["cuda extension"] = _extension()
-    return report | {f"backend {name}": reason or "ok" for name, reason in available().items()}
+    report |= {f"backend {name}": reason or "ok" for name, reason in available().items()}
+    where = ", ".join(f"sm_{arch} ({file})" for arch, file in MEASURED.items())
+    report["backend auto"] = f"torch; triton for CUDA tensors on {where or 'no GPU: not yet measured on any'}"
+    return report
 
 
 def _extension() -> str:
@@ -63,17 +96,19 @@ def _extension() -> str:
         return f"built; {error}"
 
 
-def resolve(backend: str) -> str:
-    """The backend that will run: ``auto`` becomes the best one here.
+def resolve(backend: str, like: pytorch.Tensor | None = None) -> str:
+    """The backend that will run on tensors such as ``like``: ``auto`` becomes the best one here.
 
     Raises:
-        ValueError: an unknown name, or a backend that can't be used, with the reason.
+        ValueError: an unknown name, or a backend that can't be used (for such tensors), with the reason.
     """
     if backend == "auto":
-        return "torch"
+        return _auto(like)
     names = available()
     check_choice("backend", backend, ("auto", *names))
     if reason := names[backend]:
         usable = ", ".join(name for name, why in names.items() if why is None)
         reject("backend", repr(backend), f"a usable one ({usable}, or auto): {reason}")
+    if like is not None and (reason := _unfit(backend, like)):
+        reject("backend", f"{backend!r} for {reason}", "one that works there (auto chooses)")
     return backend

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from fastsae.ops import upcast
 
-__all__ = ["code_grad", "decode", "encode", "row_grads", "row_update", "transpose"]
+__all__ = [
+    "code_grad",
+    "decode",
+    "decode_error",
+    "encode",
+    "encode_dead",
+    "row_grads",
+    "row_step",
+    "row_update",
+    "transpose",
+]
 
 
 def encode(
@@ -56,11 +66,45 @@ def encode(
     return pre[rows, columns].relu().to(W_enc.dtype), indices.int(), offsets
 
 
+def encode_dead(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    threshold: Tensor | None,
+    dead: Tensor,
+    rule: str,
+    k: int,
+    k_dead: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`encode`, and a second code of the same scores: "topk" among the latents where ``dead`` [M] bool.
+
+    The second code has K = min(k_dead, number of dead latents) entries a token, in any order; its tensors
+    have room for min(k_dead, M) a token, of which the first N * K places are used.
+    """
+    subset, n, m = dead.nonzero().flatten(), x.shape[0], W_enc.shape[0]
+    values, indices, offsets = encode(x, W_enc, b_enc, None, subset, "topk", k_dead)
+    room = n * min(k_dead, m) - len(values)
+    second = torch.cat([values, values.new_zeros(room)]), torch.cat([indices, indices.new_zeros(room)])
+    return *encode(x, W_enc, b_enc, threshold, None, rule, k), *second, offsets
+
+
 def decode(values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """x_hat[n] = sum_j values[j] * W_dec[indices[j]] + b_dec over row n's entries; [N, D], W_dec's dtype."""
     code = _dense(values, indices, offsets, W_dec.shape[0])
     x_hat = code @ upcast(W_dec)
     return (x_hat if b_dec is None else x_hat + upcast(b_dec)).to(W_dec.dtype)
+
+
+def decode_error(
+    values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor | None, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """error[n] = x_hat[n] - target[n] of :func:`decode`'s x_hat before it is rounded; and ||error[n]||^2.
+
+    [N, D] in W_dec's dtype; [N] in float32 (float64 of float64), of the error before it is rounded.
+    """
+    x_hat = _dense(values, indices, offsets, W_dec.shape[0]) @ upcast(W_dec)
+    error = (x_hat if b_dec is None else x_hat + upcast(b_dec)) - upcast(target)
+    return error.to(W_dec.dtype), error.square().sum(1)
 
 
 def code_grad(grad_x_hat: Tensor, W_dec: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
@@ -120,14 +164,16 @@ def row_update(
     rows: Tensor | None,
     grad: Tensor | None,
     coast: Tensor | None,
-    lr: float,
+    clock: Tensor,
     beta1: float,
     beta2: float,
     eps: float,
-    step: int,
     unit_norm: bool,
 ) -> None:
     """One Adam step, in place, on the given rows of ``weight`` [M, D] and its two moments.
+
+    ``clock`` [4] float64 holds what changes from step to step: the step t, from 1 on; lr sqrt(1 - beta2^t) /
+    (1 - beta1^t); eps sqrt(1 - beta2^t); and 1, or 0 where nothing at all is to be done.
 
     With ``coast`` (float64, indexed by step) a row last brought up to date at step t first makes up for the
     steps it missed, s = step - 1 - t of them (step - t where grad is None), as Adam with zero gradients would
@@ -139,13 +185,18 @@ def row_update(
     the missed steps u, r = beta1 / sqrt(beta2). Then, where ``grad`` [R, D] is given, with g = grad less its
     part along w if ``unit_norm``:
 
-        m = beta1 m + (1 - beta1) g;   v = beta2 v + (1 - beta2) g^2
-        w -= lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
+        m = beta1 m + (1 - beta1) g;   v = beta2 v + (1 - beta2) g^2;   w -= clock[1] m / (sqrt v + clock[2])
 
-    ``unit_norm`` last divides each row by its length. ``rows`` None means every row in order. ``last_step``
-    [M] int32 becomes ``step``.
+    ``unit_norm`` last divides each row by its length. ``rows`` None means every row in order; a row id that
+    isn't below M is passed over. ``last_step`` [M] int32 becomes the step.
     """
-    index = slice(None) if rows is None else rows
+    step, size, floor, proceed = clock.tolist()
+    if not proceed:
+        return
+    index = slice(None)
+    if rows is not None:
+        index = rows[used := rows < weight.shape[0]]
+        grad = None if grad is None else grad[used]
     w, m, v = (upcast(t[index]) for t in (weight, exp_avg, exp_avg_sq))
     if coast is not None:
         w, m, v = _coast(
@@ -158,12 +209,73 @@ def row_update(
             g = g - unit * (g * unit).sum(1, keepdim=True)
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g * g
-        w = w - lr / (1 - beta1**step) * m / ((v / (1 - beta2**step)).sqrt() + eps)
+        w = w - size * m / (v.sqrt() + floor)
     if unit_norm:
         w = torch.nn.functional.normalize(w, dim=1)
     for tensor, new in ((weight, w), (exp_avg, m), (exp_avg_sq, v)):
         tensor[index] = new.to(tensor.dtype)
-    last_step[index] = step
+    last_step[index] = int(step)
+
+
+def row_step(
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    enc_state: list[Tensor],
+    bias_state: list[Tensor],
+    dec_state: list[Tensor],
+    coasts: list[Tensor | None],
+    clocks: list[Tensor],
+    betas: list[float],
+    eps: list[float],
+    every_row: list[bool],
+    unit_norm: bool,
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    x: Tensor,
+    error: Tensor,
+    scale: Tensor,
+    l1: float,
+) -> Tensor:
+    """Backward and optimizer in one: :func:`row_update` of both matrices and b_enc, no gradient kept.
+
+    With g[n] = scale[n] error[n] the loss's derivative at decoded row n (n < R, entry j in row n, latent m),
+    ||.|| a decoder row's length, and l1 = dL / d(f ||W_dec[m]||) at the first N = len(x) rows, else 0:
+
+        d_val[j]    = <g[n], W_dec[m]> + l1 ||W_dec[m]||;      d_pre[j] = d_val[j] where values[j] > 0, else 0
+        d_W_dec[m]  = sum_j values[j] (g[n] + l1 W_dec[m] / ||W_dec[m]||)
+        d_W_enc[m]  = sum_j d_pre[j] x[n mod N];               d_b_enc[m] = sum_j d_pre[j]
+
+    all by the weights as they were. Latents with an entry other than 0 are updated; all of them where
+    ``every_row``. Lists of three stand for W_enc, b_enc, W_dec (``betas`` has their six); a state is exp_avg,
+    exp_avg_sq, last_step, or empty where that parameter stays. Returns sum_m d_b_enc[m] W_enc[m] [D] in
+    float32 (float64 of float64): what b_dec's gradient loses where it is subtracted from x.
+    """
+    rows, stored = _rows(offsets), int(offsets[-1])
+    g, dec = upcast(scale)[:, None] * upcast(error), upcast(W_dec)
+    code = _dense(values, indices, offsets, W_dec.shape[0])
+    lengths = dec.norm(dim=1)
+    charged = (torch.arange(len(g), device=g.device) < len(x))[:, None]
+    d_values = g @ dec.T + l1 * charged * lengths
+    entry = torch.zeros_like(code, dtype=torch.bool)
+    entry[rows, indices[:stored].long()] = values[:stored] > 0
+    d_pre = torch.where(entry, d_values, 0)
+    d_enc, d_bias = d_pre.T @ upcast(x).repeat(len(g) // max(len(x), 1), 1), d_pre.sum(0)
+    d_dec = code.T @ g + l1 * (code * charged).sum(0)[:, None] * torch.nn.functional.normalize(dec, dim=1)
+    pull = d_bias @ upcast(W_enc)
+    live = (code != 0).any(0).nonzero().flatten()
+    for i, (weight, state, grad) in enumerate(
+        ((W_enc, enc_state, d_enc), (b_enc[:, None], bias_state, d_bias[:, None]), (W_dec, dec_state, d_dec))
+    ):
+        if state:
+            touched = None if every_row[i] else live
+            moments = (t.view(weight.shape) for t in state[:2])
+            row_update(
+                weight, *moments, state[2], touched, grad if touched is None else grad[live], coasts[i],
+                clocks[i], *betas[2 * i : 2 * i + 2], eps[i], unit_norm and i == 2,
+            )  # fmt: skip
+    return pull
 
 
 def _coast(w, m, v, last, coast, beta1, beta2, eps, until):

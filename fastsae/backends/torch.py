@@ -16,7 +16,17 @@ from torch.nn import functional as nnf
 
 from fastsae.ops import upcast
 
-__all__ = ["code_grad", "decode", "encode", "row_grads", "row_update", "transpose"]
+__all__ = [
+    "code_grad",
+    "decode",
+    "decode_error",
+    "encode",
+    "encode_dead",
+    "row_grads",
+    "row_step",
+    "row_update",
+    "transpose",
+]
 
 BLOCK_SCORES = 2**22
 """Scores held at a time, 16 MiB in fp32: stays in a last-level cache (measured at N = 1024, D = 384)."""
@@ -56,6 +66,23 @@ def encode(
         values, columns, offsets = _encode_threshold(x, latents, cut)
     indices = columns if subset is None else subset[columns.long()]
     return values.relu().to(W_enc.dtype), indices.int(), offsets
+
+
+def encode_dead(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    threshold: Tensor | None,
+    dead: Tensor,
+    rule: str,
+    k: int,
+    k_dead: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`fastsae.backends.reference.encode_dead`. Scores the dead latents twice."""
+    values, indices, offsets = encode(x, W_enc, b_enc, None, dead.nonzero().flatten(), "topk", k_dead)
+    room = (0, x.shape[0] * min(k_dead, W_enc.shape[0]) - len(values))
+    main = encode(x, W_enc, b_enc, threshold, None, rule, k)
+    return *main, nnf.pad(values, room), nnf.pad(indices, room), offsets
 
 
 def _scores(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
@@ -254,6 +281,14 @@ def decode(values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_de
     return x_hat if b_dec is None else x_hat.add_(b_dec)
 
 
+def decode_error(
+    values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor | None, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See :func:`fastsae.backends.reference.decode_error`. Rounds the decode as well as the error."""
+    error = upcast(decode(values, indices, offsets, W_dec, b_dec)).sub_(upcast(target))
+    return error.to(W_dec.dtype), torch.linalg.vector_norm(error, dim=1).square_()
+
+
 def _bag(rows: Tensor, table: Tensor, offsets: Tensor, coefs: Tensor) -> Tensor:
     """out[n] = sum of coefs[j] * table[rows[j]] over offsets[n] <= j < offsets[n + 1]."""
     if not len(rows):
@@ -281,21 +316,23 @@ def code_grad(grad_x_hat: Tensor, W_dec: Tensor, indices: Tensor, offsets: Tenso
 def transpose(
     values: Tensor, indices: Tensor, offsets: Tensor, n_latents: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`fastsae.backends.reference.transpose`. One stable sort of P integers."""
+    """See :func:`fastsae.backends.reference.transpose`. One stable sort; the host waits for nothing."""
     n_entries, device = indices.shape[0], indices.device
+    n_rows = min(n_entries, n_latents)
     position = torch.arange(n_entries, device=device)
     live = (values != 0) & (position < offsets[-1])
-    latent, order = torch.where(live, indices.long(), n_latents).sort(stable=True)
-    found, counts = torch.unique_consecutive(latent, return_counts=True)
-    if len(found) and found[-1] == n_latents:
-        found, counts = found[:-1], counts[:-1]
-    n_rows, n_live = min(n_entries, n_latents), int(counts.sum())
-    latents = nnf.pad(found, (0, n_rows - len(found)), value=n_latents)
-    starts = nnf.pad(nnf.pad(counts.cumsum(0), (1, 0)), (0, n_rows - len(found)), value=n_live)
-    order[n_live:] = 0
-    tokens = torch.searchsorted(offsets[1:].contiguous(), order, right=True)
-    tokens[n_live:] = 0
-    return latents, starts, tokens, order
+    latent, order = torch.where(live, indices, n_latents).sort(stable=True)
+    used = latent < n_latents
+    # the row of each entry, counted from 0; what isn't used goes to a place beyond the end
+    first = nnf.pad(latent[1:] != latent[:-1], (1, 0), value=True) & used
+    row = torch.where(first, first.cumsum(0) - 1, n_rows)
+    latents = position.new_full((n_rows + 1,), n_latents).scatter_(0, row, latent.long())
+    starts = used.sum().expand(n_rows + 1).clone().scatter_(0, row, position)
+    # the place beyond the end is also the last of starts, which holds the number of used entries
+    starts[-1:] = used.sum()
+    order = torch.where(used, order, 0)
+    tokens = torch.where(used, torch.searchsorted(offsets[1:].contiguous(), order, right=True), 0)
+    return latents[:n_rows], starts, tokens, order
 
 
 def row_grads(coefs: Tensor, x: Tensor, starts: Tensor, tokens: Tensor) -> Tensor:
@@ -312,19 +349,24 @@ def row_update(
     rows: Tensor | None,
     grad: Tensor | None,
     coast: Tensor | None,
-    lr: float,
+    clock: Tensor,
     beta1: float,
     beta2: float,
     eps: float,
-    step: int,
     unit_norm: bool,
 ) -> None:
     """See :func:`fastsae.backends.reference.row_update`."""
+    step, size, floor, proceed = clock.tolist()
+    if not proceed:
+        return
+    if rows is not None and len(rows) and rows.max() >= len(weight):
+        used = rows < len(weight)
+        rows, grad = rows[used], None if grad is None else grad[used]
     tensors = (weight, exp_avg, exp_avg_sq)
     # views where every row is meant, so that in-place arithmetic is the whole update
     w, m, v = (upcast(t if rows is None else t.index_select(0, rows)) for t in tensors)
     last = last_step if rows is None else last_step[rows]
-    if coast is not None and (missed := step - (grad is not None) - last).any():
+    if coast is not None and (missed := int(step) - (grad is not None) - last).any():
         _coast_(w, m, v, missed, last, coast, beta1, beta2, eps)
     if grad is not None:
         g = grad.to(w.dtype)
@@ -333,8 +375,7 @@ def row_update(
             g = torch.addcmul(g, w, along, value=-1)
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        correction = (1 - beta2**step) ** 0.5
-        w.addcdiv_(m, v.sqrt().add_(eps * correction), value=-lr * correction / (1 - beta1**step))
+        w.addcdiv_(m, v.sqrt().add_(floor), value=-size)
     if unit_norm:
         w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min_(1e-12))
     for tensor, new in zip(tensors, (w, m, v), strict=True):
@@ -343,9 +384,87 @@ def row_update(
         elif new.dtype != tensor.dtype:
             tensor.copy_(new)
     if rows is None:
-        last_step.fill_(step)
+        last_step.fill_(int(step))
     else:
-        last_step[rows] = step
+        last_step[rows] = int(step)
+
+
+def row_step(
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    enc_state: list[Tensor],
+    bias_state: list[Tensor],
+    dec_state: list[Tensor],
+    coasts: list[Tensor | None],
+    clocks: list[Tensor],
+    betas: list[float],
+    eps: list[float],
+    every_row: list[bool],
+    unit_norm: bool,
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    x: Tensor,
+    error: Tensor,
+    scale: Tensor,
+    l1: float,
+) -> Tensor:
+    """See :func:`fastsae.backends.reference.row_step`. Gradients exist a block of rows at a time."""
+    m, n = len(W_enc), len(x)
+    g = upcast(scale)[:, None] * upcast(error)
+    grad_values = code_grad(g, W_dec, indices, offsets)
+    charged = (torch.arange(len(g), device=g.device) < n).to(g.dtype)[:, None]
+    if l1:
+        main = slice(int(offsets[n]))
+        norms = torch.linalg.vector_norm(W_dec, dim=1, dtype=g.dtype)
+        grad_values[main] += l1 * norms[indices[main].long()]
+    latents, starts, tokens, order = transpose(values, indices, offsets, m)
+    active = int((latents < m).sum())
+    latents, starts = latents[:active], starts[: active + 1]
+    coefs, d_pre = upcast(values)[order], torch.where(values > 0, grad_values, 0)[order]
+    wide_x, inputs = upcast(x), tokens % max(n, 1)
+    d_bias = row_grads(d_pre, wide_x.new_ones(n, 1), starts, inputs)
+    pull = d_bias.new_zeros(W_enc.shape[1])
+    block = max(1, BLOCK_ELEMENTS // max(1, W_enc.shape[1]))
+    for rows, part in zip(latents.split(block), d_bias.split(block), strict=True):
+        pull += part.flatten() @ upcast(W_enc.index_select(0, rows))
+
+    def dec_grad(lo: int, hi: int) -> Tensor:
+        grad = row_grads(coefs, g, starts[lo : hi + 1], tokens)
+        if l1:
+            total = row_grads(coefs, charged, starts[lo : hi + 1], tokens)
+            grad += l1 * total * nnf.normalize(upcast(W_dec[latents[lo:hi]]), dim=1)
+        return grad
+
+    for i, (weight, state, grad) in enumerate((
+        (W_enc, enc_state, lambda lo, hi: row_grads(d_pre, wide_x, starts[lo : hi + 1], inputs)),
+        (b_enc[:, None], bias_state, lambda lo, hi: d_bias[lo:hi]),
+        (W_dec, dec_state, dec_grad),
+    )):  # fmt: skip
+        if state:
+            tensors = [weight, *(t.view(weight.shape) for t in state[:2]), state[2]]
+            adam = coasts[i], clocks[i], *betas[2 * i : 2 * i + 2], eps[i], unit_norm and i == 2
+            _update_blocks(tensors, latents, grad, every_row[i], adam)
+    return pull
+
+
+def _update_blocks(tensors, latents, grad, every_row, adam) -> None:
+    """:func:`row_update` of the rows ``latents`` (or all), a block at a time; ``grad(lo, hi)`` makes theirs."""
+    weight = tensors[0]
+    size = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
+    if not every_row:
+        for lo in range(0, len(latents), size):
+            rows = latents[lo : lo + size]
+            row_update(*tensors, rows, grad(lo, lo + len(rows)), *adam)
+        return
+    for lo in range(0, len(weight), size):
+        hi = min(lo + size, len(weight))
+        first, last = torch.searchsorted(latents, torch.tensor([lo, hi], device=latents.device)).tolist()
+        block = torch.zeros(hi - lo, weight.shape[1], dtype=upcast(weight[:0]).dtype, device=weight.device)
+        if last > first:
+            block[latents[first:last] - lo] = grad(first, last).to(block.dtype)
+        row_update(*(t[lo:hi] for t in tensors), None, block, *adam)
 
 
 def _coast_(w, m, v, missed, last, coast, beta1, beta2, eps) -> None:

@@ -18,6 +18,9 @@ __all__ = ["RowAdam"]
 BLOCK_ELEMENTS = 2**20
 """Weights updated at a time: the block, its gradient and its moments stay in a CPU's caches."""
 
+GPU_STEPS = 2**20
+"""Steps that a deferred group on a GPU can take: its coast table is 8 MiB."""
+
 _EPSILON = 1e-8  # terms of the coast below this share of the first are left out
 
 
@@ -67,6 +70,8 @@ class RowAdam(torch.optim.Optimizer):
         check_choice("state_dtype", state_dtype, ("float32",))
         resolve(backend)
         self.backend = backend
+        # what row_update must know of the step under way, by the id of the group
+        self._clocks: dict[int, Tensor] = {}
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -76,7 +81,7 @@ class RowAdam(torch.optim.Optimizer):
             "unit_norm": False,
         }
         _check_group(defaults)
-        super().__init__(_groups(params), defaults | {"steps": 0, "coast": None})
+        super().__init__(_groups(params), defaults | {"steps": None, "coast": None})
         if isinstance(params, SAE):
             params.export_from(self)
 
@@ -84,6 +89,9 @@ class RowAdam(torch.optim.Optimizer):
         """Add a group; what it sets for itself is checked like the arguments of the constructor."""
         _check_group(self.defaults | param_group)
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["steps"] is None:
+            group["steps"] = torch.zeros((), dtype=torch.int64, device=group["params"][0].device)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -140,44 +148,68 @@ class RowAdam(torch.optim.Optimizer):
             param = params[index]
             self.state[param] = {name: t.to(param.device, copy=True) for name, t in state.items()}
         for group in self.param_groups:
-            if group["coast"] is not None:
-                group["coast"] = group["coast"].to(group["params"][0].device)
+            for name in ("steps", "coast"):
+                if group[name] is not None:
+                    group[name] = group[name].to(group["params"][0].device, copy=True)
 
-    def begin_step_(self) -> None:
-        """Count the step that the updates up to :meth:`end_step_` belong to."""
+    def begin_step_(self, proceed: Tensor | None = None) -> None:
+        """Count the step that the updates up to :meth:`end_step_` belong to.
+
+        Where the 0-dim ``proceed`` is 0 or False, nothing is counted and those updates change nothing, which
+        the host needn't know.
+        """
         for group in self.param_groups:
-            group["steps"] += 1
+            steps, (beta1, beta2) = group["steps"], group["betas"]
+            go = steps.new_ones(()) if proceed is None else proceed.to(steps)
+            steps += go
+            t = steps.clamp_min(1).double()
+            correction = (1 - beta2**t).sqrt()
+            size = group["lr"] * correction / (1 - beta1**t)
+            self._clocks[id(group)] = torch.stack(
+                [steps.double(), size, group["eps"] * correction, go.double()]
+            )
 
     @torch.no_grad()
     def update_rows_(self, param: Tensor, rows: Tensor | None, grad: Callable[[int, int], Tensor]) -> None:
         """Step the given rows of ``param`` (ascending int64; None: all); ``grad(lo, hi)`` is the gradient of
         rows[lo:hi], [hi - lo, ...], and is asked for a block at a time."""
         group = self._group(param)
+        clock = self._clocks[id(group)]
         if rows is None:
             for lo, hi in self._blocks(param):
-                self._update(group, [t[lo:hi] for t in self._tensors(param)], None, grad(lo, hi))
+                self._update(group, clock, [t[lo:hi] for t in self._tensors(param)], None, grad(lo, hi))
         elif group["mode"] == "dense":
             for lo, hi in self._blocks(param):
                 first, last = torch.searchsorted(rows, torch.tensor([lo, hi], device=rows.device)).tolist()
                 block = torch.zeros(hi - lo, *param.shape[1:], dtype=wide_dtype(param), device=param.device)
                 if last > first:
                     block[rows[first:last] - lo] = grad(first, last).to(block.dtype)
-                self._update(group, [t[lo:hi] for t in self._tensors(param)], None, block)
+                self._update(group, clock, [t[lo:hi] for t in self._tensors(param)], None, block)
         else:
             for lo, hi in self._blocks(param, len(rows)):
-                self._update(group, self._tensors(param), rows[lo:hi], grad(lo, hi))
+                self._update(group, clock, self._tensors(param), rows[lo:hi], grad(lo, hi))
 
     def end_step_(self) -> None:
         """Add this step's learning rate to what idle rows owe."""
         for group in self.param_groups:
             if group["mode"] == "deferred":
-                coast = group["coast"]
-                if coast is None:
-                    coast = torch.zeros(0, dtype=torch.float64, device=group["params"][0].device)
-                beta1, beta2 = group["betas"]
-                group["coast"] = _extend_coast(
-                    coast, group["steps"], float(group["lr"]), beta1, beta2, group["eps"]
-                )
+                clock = self._clocks[id(group)]
+                group["coast"] = _extend_coast(group["coast"], clock, *group["betas"], group["eps"])
+
+    def row_arguments(self, params: Iterable[Tensor]) -> dict[str, list]:
+        """What ``torch.ops.fastsae.row_step`` must know of ``params``, by the names of its arguments."""
+        found = [(self._group(param), param) for param in params]
+        return {
+            "states": [
+                [self._state(param)[name] for name in ("exp_avg", "exp_avg_sq", "last_step")]
+                for _, param in found
+            ],
+            "coasts": [_coast_of(group) for group, _ in found],
+            "clocks": [self._clocks[id(group)] for group, _ in found],
+            "betas": [beta for group, _ in found for beta in group["betas"]],
+            "eps": [group["eps"] for group, _ in found],
+            "every_row": [group["mode"] == "dense" for group, _ in found],
+        }
 
     def _group(self, param: Tensor) -> dict:
         for group in self.param_groups:
@@ -220,20 +252,23 @@ class RowAdam(torch.optim.Optimizer):
     def _catch_up(self, group: dict, tensors: list[Tensor]) -> None:
         behind = (tensors[-1] < group["steps"]).nonzero().flatten()
         if len(behind):  # where all rows are, views need no gather
-            self._update(group, tensors, None if len(behind) == len(tensors[-1]) else behind, None)
+            steps = group["steps"].double()
+            clock = torch.stack([steps, steps, steps, torch.ones_like(steps)])  # no step is taken
+            self._update(group, clock, tensors, None if len(behind) == len(tensors[-1]) else behind, None)
 
-    def _update(self, group: dict, tensors: list[Tensor], rows: Tensor | None, grad: Tensor | None) -> None:
+    def _update(
+        self, group: dict, clock: Tensor, tensors: list[Tensor], rows: Tensor | None, grad: Tensor | None
+    ) -> None:
         torch.ops.fastsae.row_update(
             *tensors,
             rows,
             None if grad is None else grad.reshape(grad.shape[0], -1),
-            group["coast"] if group["mode"] == "deferred" else None,
-            float(group["lr"]),
+            _coast_of(group),
+            clock,
             *group["betas"],
             group["eps"],
-            group["steps"],
             group["unit_norm"],
-            resolve(self.backend),
+            resolve(self.backend, tensors[0]),
         )
 
 
@@ -258,6 +293,13 @@ def _groups(params: nn.Module | Iterable) -> Iterable:
             {"params": [params.b_dec]},
         ]
     return params.parameters() if isinstance(params, nn.Module) else params
+
+
+def _coast_of(group: dict) -> Tensor | None:
+    """The coast table of a deferred group; empty before its second step, when no row owes anything."""
+    if group["mode"] != "deferred":
+        return None
+    return group["steps"].new_zeros(1).double() if group["coast"] is None else group["coast"]
 
 
 def _slicer(grad: Tensor) -> Callable[[int, int], Tensor]:
@@ -285,23 +327,33 @@ def _touched(grad: Tensor, dense: bool) -> tuple[Tensor | None, Tensor]:
     return rows[live], values[live]
 
 
-def _extend_coast(coast: Tensor, step: int, lr: float, beta1: float, beta2: float, eps: float) -> Tensor:
-    """The coast table after ``step``, which adds to coast[t], for each t < step,
+def _extend_coast(
+    coast: Tensor | None, clock: Tensor, beta1: float, beta2: float, eps: float
+) -> Tensor:
+    """The coast table after the step of ``clock``, which adds to coast[t], for each t < step,
 
         lr r^(step - t) sqrt(1 - beta2^step) / (1 - beta1^step)
 
-    The table grows by doubling; only its first step + 1 places mean something. Kept for every t, not as a
-    window of recent learning rates: a row long idle moved mostly right after its last touch. Sums end where
-    the terms have vanished, or the decayed sqrt v has sunk to eps, which then holds the row still.
+    Only its first step + 1 places mean something. Kept for every t, not as a window of recent learning rates:
+    a row long idle moved mostly right after its last touch. Sums end where the terms have vanished, or the
+    decayed sqrt v has sunk to eps, which then holds the row still. On a CPU the table doubles as it fills;
+    elsewhere the host doesn't look at the step, and the table has room for all.
     """
-    if len(coast) <= step:
-        coast = torch.nn.functional.pad(coast, (0, max(256, 2 * step) - len(coast)))
+    if coast is None:
+        coast = clock.new_zeros(256 if clock.device.type == "cpu" else GPU_STEPS)
     r = beta1 / math.sqrt(beta2) if beta2 else 0.0
-    reach = step if r else 0
+    reach = math.inf if r else 0
     if 0 < r < 1:
         reach = min(reach, math.ceil(math.log(_EPSILON) / math.log(r)))
     if r and 0 < eps < 1:
         reach = min(reach, math.ceil(2 * math.log(eps) / math.log(beta2)))
-    age = torch.arange(reach, 0, -1, dtype=torch.float64, device=coast.device)
-    coast[step - reach : step] += lr * math.sqrt(1 - beta2**step) / (1 - beta1**step) * r**age
+    first, last = 0, len(coast)
+    if clock.device.type == "cpu":
+        last = int(clock[0])
+        if last >= len(coast):
+            coast = torch.nn.functional.pad(coast, (0, 2 * last - len(coast)))
+        first = max(0, last - reach) if reach < last else 0
+    age = clock[0] - torch.arange(first, last, dtype=torch.float64, device=clock.device)
+    owed = torch.where((age >= 1) & (age <= reach), r**age, 0)
+    coast[first:last] += clock[1] * clock[3] * owed
     return coast

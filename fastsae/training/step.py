@@ -17,7 +17,8 @@ from fastsae import functional as F
 from fastsae import losses
 from fastsae.backends import resolve
 from fastsae.checks import check_number, check_type, reject
-from fastsae.config import AuxK, DecoderNormL1, TopK
+from fastsae.code import SparseCode
+from fastsae.config import AuxK, DecoderNormL1
 from fastsae.ops import upcast
 from fastsae.optim import RowAdam
 from fastsae.sae import SAE
@@ -53,42 +54,64 @@ def train_step(
     sae.check_batch(x, target)
     if x.numel() == 0:
         reject("x", f"shape {tuple(x.shape)}", "at least one token")
-    if not (x.isfinite().all() and (target is None or target.isfinite().all())):
-        return _skipped(sae, x)
     was_training = sae.training
     sae.train()
     try:
+        if sae.config.normalization == "scalar" and not sae.norm_scale_is_set():
+            return _first_step(sae, opt, x, target, multipliers)
         return _step(sae, opt, x, target, multipliers)
     finally:
         sae.train(was_training)
 
 
-def _step(
-    sae: SAE, opt: RowAdam, x: Tensor, target: Tensor | None, scale: dict[str, float]
+def _first_step(
+    sae: SAE, opt: RowAdam, x: Tensor, target: Tensor | None, multipliers: dict[str, float]
 ) -> dict[str, Tensor]:
-    counters = {name: t.clone() for name, t in sae.named_buffers()}
-    sae.estimate_norm_scale_(x)
-    forward = _forward(sae, x, target, scale)
-    gradients = _Gradients(sae, forward)
-    if not torch.stack([*forward.terms.values(), gradients.bound.square()]).isfinite().all():
-        return _skipped(sae, x, counters)
-    opt.begin_step_()
-    for param, rows, grad in (
-        (sae.W_enc, gradients.latents, gradients.W_enc),
-        (sae.b_enc, gradients.latents, lambda lo, hi: gradients.b_enc[lo:hi, 0]),
-        (sae.W_dec, gradients.latents, gradients.W_dec),
-        (sae.b_dec, None, lambda lo, hi: gradients.b_dec[lo:hi]),
-    ):
-        if param.requires_grad:
-            opt.update_rows_(param, rows, grad)
+    """A step whose batch sets the scale of the input as well, unless it is skipped; here the host waits."""
+    sae.norm_scale.fill_(1)
+    if x.isfinite().all():
+        sae.estimate_norm_scale_(x, again=True)
+    metrics = _step(sae, opt, x, target, multipliers)
+    if metrics["skipped"]:
+        sae.unset_norm_scale_()
+    return metrics
+
+
+def _step(
+    sae: SAE, opt: RowAdam, x: Tensor, target: Tensor | None, multipliers: dict[str, float]
+) -> dict[str, Tensor]:
+    """One step, queued on the device without the host learning any result of it (TopK and BatchTopK)."""
+    forward = _forward(sae, x, target, multipliers)
+    proceed = forward.is_finite(sae)
+    sae.count_firing_(forward.code, proceed)
+    opt.begin_step_(proceed)
+    weights = (sae.W_enc, sae.b_enc, sae.W_dec)
+    arguments = opt.row_arguments(weights)
+    states = (
+        state if weight.requires_grad else []
+        for weight, state in zip(weights, arguments.pop("states"), strict=True)
+    )
+    pull = _ops.row_step(
+        *weights, *states, *arguments.values(), sae.config.unit_norm_decoder, forward.values,
+        forward.indices, forward.offsets, forward.x, forward.error, forward.scale, forward.l1,
+        resolve(sae.backend, sae.W_enc),
+    )  # fmt: skip
+    if sae.b_dec.requires_grad:
+        main = slice(forward.code.n_tokens)
+        grad = (forward.scale[main, None] * forward.error[main]).sum(0)
+        if sae.config.subtract_b_dec:
+            grad -= pull
+        opt.update_rows_(sae.b_dec, None, lambda lo, hi: grad[lo:hi])
     opt.end_step_()
-    return {
+    numbers = {
         "loss": torch.stack([*forward.terms.values()]).sum(),
         **forward.terms,
         "fvu": forward.fvu,
-        "l0": forward.l0,
-        "n_dead": torch.tensor(len(forward.dead)),
-        "skipped": torch.tensor(0),
+        "l0": forward.code.l0().float().mean(),
+    }
+    return {name: torch.where(proceed, number, torch.nan) for name, number in numbers.items()} | {
+        "n_dead": sae.dead_mask().sum(),
+        "skipped": (~proceed).long(),
     }
 
 
@@ -96,114 +119,103 @@ def _step(
 class _Forward:
     """The code of a batch of N tokens, AuxK's rows below it, and the loss's derivatives at the decoder.
 
-    values, indices, offsets: CSR over ``len(x)`` rows, which are N or, with AuxK, 2 N.
-    x: [rows, d_in] what W_enc multiplies;  grad_y: [rows, d_out] dL / d(decoded row).
-    l1: dL / d(f_i ||W_dec[i]||) at the first N rows;  n_tokens: N.
+    code: of the N tokens.  values, indices, offsets: CSR over N rows or, with AuxK, 2 N: row N + n is token n
+    again.  x: [N, d_in] what W_enc multiplies.
+    error, scale: [rows, d_out], [rows]; dL / d(decoded row n) = scale[n] error[n], and squares[n] =
+    ||error[n]||^2.
+    l1: dL / d(f_i ||W_dec[i]||) at the first N rows.
     """
 
+    code: SparseCode
     values: Tensor
     indices: Tensor
     offsets: Tensor
     x: Tensor
-    grad_y: Tensor
-    n_tokens: int
+    error: Tensor
+    scale: Tensor
+    squares: Tensor
     terms: dict[str, Tensor]
     fvu: Tensor
-    l0: Tensor
-    dead: Tensor
     l1: float = 0.0
 
+    def is_finite(self, sae: SAE) -> Tensor:
+        """Whether the loss, and the square of every gradient by a bound on it, is: 0-dim bool.
 
-def _forward(sae: SAE, x: Tensor, target: Tensor | None, scale: dict[str, float]) -> _Forward:
-    config, backend = sae.config, resolve(sae.backend)
+        Adam squares gradients, and a moment that overflowed would never recover: no real batch comes near.
+        """
+        unit, width = sae.config.unit_norm_decoder, sae.config.d_out
+        longest = 1.001 if unit else _largest(sae.W_dec) * width**0.5
+        at_decoder = (self.scale * self.squares.sqrt()).amax() + self.l1
+        at_entry = at_decoder * longest
+        stored = torch.arange(len(self.values), device=self.x.device) < self.offsets[-1]
+        bounds = [
+            torch.where(stored, upcast(self.values).abs(), 0).sum() * at_decoder,
+            at_entry * len(self.values) * (_largest(self.x) + 1),
+            at_decoder * len(self.error),
+        ]
+        return torch.stack([*self.terms.values(), *(bound.square() for bound in bounds)]).isfinite().all()
+
+
+def _largest(t: Tensor) -> Tensor:
+    """max |t| in at least fp32, without a copy of t."""
+    low, high = t.aminmax()
+    return torch.maximum(upcast(-low), upcast(high))
+
+
+def _forward(sae: SAE, x: Tensor, target: Tensor | None, multipliers: dict[str, float]) -> _Forward:
+    config, backend = sae.config, resolve(sae.backend, sae.W_enc)
     normalised = sae.normalise(x)
-    code, x = sae.encode_normalised(*normalised)
-    target = upcast(sae.normalise_target(target, *normalised)).reshape(-1, config.d_out)
-    x = x.reshape(-1, config.d_in)
-    stored = int(code.offsets[-1])  # AuxK's rows follow right after what is stored
-    values, indices = code.values[:stored], code.indices[:stored]
+    target = sae.normalise_target(target, *normalised).reshape(-1, config.d_out).contiguous()
+    x = normalised[0] - sae.b_dec if config.subtract_b_dec else normalised[0]
+    x = x.reshape(-1, config.d_in).contiguous()
+    rule, threshold = F.selection(config.activation, sae.threshold_in_use(), sae.W_enc)
+    operands, k = (x, sae.W_enc, sae.b_enc, threshold), getattr(config.activation, "k", 0)
+    auxk = next((term for term in config.losses if isinstance(term, AuxK)), None)
+    if auxk is None:
+        stored, second = _ops.encode(*operands, None, rule, k, backend), None
+    else:
+        dead, k_aux = sae.dead_mask(), auxk.resolve_k(config.d_in)
+        both = _ops.encode_dead(*operands, dead, rule, k, k_aux, backend)
+        stored, second = both[:3], both[3:]
+    code = SparseCode(*stored, config.n_latents)
 
-    error = upcast(_ops.decode(values, indices, code.offsets, sae.W_dec, sae.b_dec, backend)) - target
+    error, squares = _ops.decode_error(*stored, sae.W_dec, sae.b_dec, target, backend)
     unit = losses.error_scale(target, config.reconstruction)
-    weight = scale["reconstruction"] * unit
-    squares = error.square().sum()
-    sae.count_firing_(code)
+    weight = multipliers["reconstruction"] * unit
+    total = squares.sum()
     forward = _Forward(
-        values, indices, code.offsets, x, 2 * weight * error, len(x),
-        terms={"reconstruction": weight * squares},
-        fvu=squares * (unit if config.reconstruction == "fvu" else losses.error_scale(target, "fvu")),
-        l0=code.l0().float().mean(),
-        dead=sae.dead_latents(),
+        code, *stored, x, error, (2 * weight).expand(len(x)), squares,
+        terms={"reconstruction": weight * total},
+        fvu=total * (unit if config.reconstruction == "fvu" else losses.error_scale(target, "fvu")),
     )  # fmt: skip
     for term in config.losses:
         if isinstance(term, DecoderNormL1):
-            forward.l1 = scale[term.name] * term.coefficient / len(x)
+            forward.l1 = multipliers[term.name] * term.coefficient / len(x)
             norms = losses.decoder_norm_l1(code, sae.W_dec, term.coefficient)
-            forward.terms[term.name] = scale[term.name] * norms
-        elif isinstance(term, AuxK):
-            forward.terms[term.name] = _add_auxk(sae, forward, error, term, scale[term.name] * unit)
+            forward.terms[term.name] = multipliers[term.name] * norms
+        elif second is not None:
+            share = (dead.sum() / k_aux).clamp_max(1)
+            factor = multipliers[term.name] * unit * term.coefficient * share
+            forward.terms[term.name] = _append_auxk(forward, second, sae, factor, backend)
     return forward
 
 
-def _add_auxk(sae: SAE, forward: _Forward, error: Tensor, term: AuxK, weight: Tensor) -> Tensor:
+def _append_auxk(forward: _Forward, second: tuple, sae: SAE, factor: Tensor, backend: str) -> Tensor:
     """Append AuxK's rows to ``forward``; return the term. See :func:`fastsae.losses.auxk`."""
-    dead, k = forward.dead, term.resolve_k(sae.config.d_in)
-    if not len(dead):
-        return torch.zeros_like(weight)
-    x, backend = forward.x, resolve(sae.backend)
-    aux = F.encode(x, sae.W_enc, sae.b_enc, TopK(min(k, len(dead))), subset=dead, backend=backend)
-    missed = upcast(F.decode(aux, sae.W_dec, backend=backend)) + error
-    factor = term.coefficient * min(len(dead) / k, 1.0) * weight
-    forward.values = torch.cat([forward.values, aux.values])
-    forward.indices = torch.cat([forward.indices, aux.indices])
-    forward.offsets = torch.cat([forward.offsets, forward.offsets[-1] + aux.offsets[1:]])
-    forward.x, forward.grad_y = torch.cat([x, x]), torch.cat([forward.grad_y, 2 * factor * missed])
-    return factor * missed.square().sum()
-
-
-class _Gradients:
-    """Gradients of the active rows, computed when asked for: row r is that of ``latents[r]``."""
-
-    def __init__(self, sae: SAE, forward: _Forward) -> None:
-        self.sae, self.forward, self.backend = sae, forward, resolve(sae.backend)
-        f, m = forward, sae.config.n_latents
-        self.x = upcast(f.x)
-        grad_values = _ops.code_grad(f.grad_y, sae.W_dec, f.indices, f.offsets, self.backend)
-        if f.l1:
-            main = slice(int(f.offsets[f.n_tokens]))
-            grad_values[main] += f.l1 * losses.row_norms(sae.W_dec)[f.indices[main].long()]
-        grad_pre = torch.where(f.values > 0, grad_values, 0)
-        latents, starts, self.tokens, order = _ops.transpose(f.values, f.indices, f.offsets, m, self.backend)
-        active = int((latents < m).sum())
-        self.latents, self.starts = latents[:active], starts[: active + 1]
-        self.coefs, self.grad_pre = upcast(f.values)[order], grad_pre[order]
-        self.b_enc = self._sum(self.grad_pre, self.x.new_ones(len(f.x), 1), 0, active)
-        self.b_dec = f.grad_y[: f.n_tokens].sum(0)
-        if sae.config.subtract_b_dec:
-            one_row, rows = torch.tensor([0, active], device=f.x.device), self.latents.int()
-            self.b_dec -= _ops.decode(self.b_enc.flatten(), rows, one_row, sae.W_enc, None, self.backend)[0]
-        # Adam squares gradients, and a moment that overflowed would never recover: no real batch comes near
-        self.bound = torch.stack([
-            self.coefs.abs().sum() * (f.grad_y.abs().max() + f.l1),
-            self.grad_pre.abs().sum() * (f.x.abs().max() + 1),
-            self.b_dec.abs().max(),
-        ]).sum()  # fmt: skip
-
-    def W_enc(self, lo: int, hi: int) -> Tensor:
-        return self._sum(self.grad_pre, self.x, lo, hi)
-
-    def W_dec(self, lo: int, hi: int) -> Tensor:
-        f = self.forward
-        grad = self._sum(self.coefs, f.grad_y, lo, hi)
-        if f.l1:
-            main = torch.arange(len(f.x), device=f.x.device) < f.n_tokens
-            total = self._sum(self.coefs, main[:, None].to(grad.dtype), lo, hi)
-            rows = upcast(self.sae.W_dec[self.latents[lo:hi]])
-            grad += f.l1 * total * torch.nn.functional.normalize(rows, dim=1)
-        return grad
-
-    def _sum(self, coefs: Tensor, x: Tensor, lo: int, hi: int) -> Tensor:
-        return _ops.row_grads(coefs, x, self.starts[lo : hi + 1], self.tokens, self.backend)
+    values, indices, offsets = forward.values, forward.indices, forward.offsets
+    if forward.code.n_tokens * getattr(sae.config.activation, "k", 0) != len(values):
+        values, indices = (t[: int(offsets[-1])] for t in (values, indices))  # AuxK's follow what is stored
+    if backend != "triton":  # there the host mustn't wait; here it is spared work on places not used
+        second = tuple(t[: int(second[2][-1])] for t in second[:2]) + second[2:]
+        if not len(second[0]):
+            return torch.zeros_like(factor)
+    missed, squares = _ops.decode_error(*second, sae.W_dec, None, -forward.error, backend)
+    forward.values, forward.indices = torch.cat([values, second[0]]), torch.cat([indices, second[1]])
+    forward.offsets = torch.cat([offsets, offsets[-1] + second[2][1:]])
+    forward.error = torch.cat([forward.error, missed])
+    forward.scale = torch.cat([forward.scale, (2 * factor).expand(len(missed))])
+    forward.squares = torch.cat([forward.squares, squares])
+    return factor * squares.sum()
 
 
 def _check_optimizer(sae: SAE, opt: RowAdam) -> None:
@@ -212,6 +224,8 @@ def _check_optimizer(sae: SAE, opt: RowAdam) -> None:
     learning = {id(p) for p in sae.parameters() if p.requires_grad}
     if not learning <= groups.keys():
         reject("opt", "one that lacks parameters of sae", "RowAdam(sae)")
+    if any(groups[id(p)]["unit_norm"] for p in (sae.W_enc, sae.b_enc) if id(p) in learning):
+        reject("opt", "one that keeps the encoder's rows at unit length", "RowAdam(sae)")
     if id(sae.W_dec) in learning and groups[id(sae.W_dec)]["unit_norm"] != sae.config.unit_norm_decoder:
         reject("opt", "one that doesn't know of the unit-norm decoder", "RowAdam(sae)")
 
@@ -224,14 +238,3 @@ def _multipliers(sae: SAE, scale: dict[str, float] | None) -> dict[str, float]:
         check_number(f"scale[{name!r}]", value, low=0.0)
         multipliers[name] = float(value)
     return multipliers
-
-
-def _skipped(sae: SAE, x: Tensor, counters: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    for name, before in (counters or {}).items():
-        sae.get_buffer(name).copy_(before)
-    nan = torch.tensor(torch.nan, device=x.device)
-    names = ["loss", "reconstruction", *(term.name for term in sae.config.losses), "fvu", "l0"]
-    return dict.fromkeys(names, nan) | {
-        "n_dead": torch.tensor(len(sae.dead_latents())),
-        "skipped": torch.tensor(1),
-    }

@@ -1,0 +1,179 @@
+"""Launchers of row_grads, row_update and row_step. Nothing here waits for the GPU: counts stay there."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+import triton
+from torch import Tensor
+
+from fastsae.backends.torch import transpose
+from fastsae.backends.triton.support import architecture, launch
+from fastsae.checks import reject
+from fastsae.kernels import row_grads as _row_grads
+from fastsae.kernels import row_step as _row_step
+from fastsae.kernels import row_update as _row_update
+from fastsae.kernels.common import choose
+from fastsae.kernels.decode import slice_width
+
+__all__ = ["row_grads", "row_step", "row_update"]
+
+
+def row_grads(coefs: Tensor, x: Tensor, starts: Tensor, tokens: Tensor) -> Tensor:
+    """See :func:`fastsae.backends.reference.row_grads`. Runs longer than SPLIT are summed in pieces."""
+    owner, split, slots = _pieces(starts, tokens.shape[0])
+    parts = _partial_sums(coefs, x, starts, tokens, owner, split, slots)
+    out = x.new_empty(starts.shape[0] - 1, x.shape[1], dtype=torch.float32)
+    _launch_row_grads(out.shape[0], False, coefs, x, starts, tokens, owner, parts, out, split)
+    return out
+
+
+def _partial_sums(coefs, x, starts, tokens, owner, split, slots) -> Tensor:
+    """The sums of the pieces of long runs, [slots, D] of which the kernel writes those it has."""
+    parts = x.new_empty(slots, x.shape[1], dtype=torch.float32)
+    _launch_row_grads(slots, True, coefs, x, starts, tokens, owner, parts, None, split)
+    return parts
+
+
+def _launch_row_grads(programs, pieces, coefs, x, starts, tokens, owner, parts, out, split) -> None:
+    d = x.shape[1]
+    config = choose(_row_grads.CONFIGS, architecture(x.device), d)
+    width = slice_width(d, config.most_columns)
+    launch(
+        _row_grads.row_grads_kernel, (programs, -(-d // width)),
+        coefs, x, starts, tokens, owner, parts, out, starts.shape[0] - 1, d, split,
+        PIECES=pieces, BLOCK_J=config.BLOCK_J, BLOCK_D=width, num_warps=max(1, width // config.warp_columns),
+    )  # fmt: skip
+
+
+def _pieces(starts: Tensor, n_entries: int) -> tuple[Tensor, int, int]:
+    """The run of each chunk's first place (see the kernel file), places a chunk, and slots in all."""
+    split = max(_row_grads.SPLIT, triton.next_power_of_2(-(-n_entries // _row_grads.CHUNKS)))
+    chunks = -(-n_entries // split)
+    firsts = torch.arange(chunks + 1, device=starts.device) * split
+    return torch.searchsorted(starts, firsts, right=True) - 1, split, 2 * chunks
+
+
+def row_update(
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    last_step: Tensor,
+    rows: Tensor | None,
+    grad: Tensor | None,
+    coast: Tensor | None,
+    clock: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    unit_norm: bool,
+) -> None:
+    """See :func:`fastsae.backends.reference.row_update`. Reads the clock on the GPU; rows up to WIDEST."""
+    m, d = weight.shape
+    _check_width("weight", d)
+    n_rows = m if rows is None else rows.shape[0]
+    config = choose(_row_update.CONFIGS, architecture(weight.device), d)
+    block_d = triton.next_power_of_2(max(d, 1))
+    block_r = max(1, config.elements // block_d)
+    launch(
+        _row_update.row_update_kernel, (-(-n_rows // block_r),),
+        weight, rows, grad, (exp_avg, exp_avg_sq, last_step, None, coast, clock), _hyper(beta1, beta2, eps),
+        n_rows, m, d, UNIT_NORM=unit_norm, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def row_step(
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    enc_state: list[Tensor],
+    bias_state: list[Tensor],
+    dec_state: list[Tensor],
+    coasts: list[Tensor | None],
+    clocks: list[Tensor],
+    betas: list[float],
+    eps: list[float],
+    every_row: list[bool],
+    unit_norm: bool,
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    x: Tensor,
+    error: Tensor,
+    scale: Tensor,
+    l1: float,
+) -> Tensor:
+    """See :func:`fastsae.backends.reference.row_step`. Gradients stay in registers; long runs' in pieces."""
+    (m, d_in), d_out, n = W_enc.shape, W_dec.shape[1], x.shape[0]
+    _check_width("W_dec", d_out)
+    latents, starts, tokens, order = transpose(values, indices, offsets, m)
+    owner, split, slots = _pieces(starts, tokens.shape[0])
+    # the encoder's slices of a row each read last_step, and each write it
+    enc = (*enc_state, enc_state[2].clone(), coasts[0], clocks[0]) if enc_state else None
+    dec = (*dec_state, None, coasts[2], clocks[2]) if dec_state else None
+    runs: dict[bool, tuple[Tensor | None, Tensor]] = {
+        False: (latents, starts)
+    }  # rows, and their first places
+    if any(every_row):
+        first = torch.searchsorted(latents, torch.arange(m + 1, device=latents.device))
+        runs[True] = None, starts[first]
+    empty = partial(torch.empty, dtype=torch.float32, device=x.device)
+    d_pre, db = empty(tokens.shape[0]), torch.zeros(m, dtype=torch.float32, device=x.device)
+
+    config = choose(_row_step.DECODER, architecture(x.device), d_out)
+    blocks = {
+        "BLOCK_J": max(1, 2 * config.BLOCK_J // error.element_size()),  # as many bytes whatever the dtype
+        "BLOCK_D": triton.next_power_of_2(max(d_out, 1)),
+        "num_warps": config.num_warps,
+    }
+    entries = tokens, values[order], scale, error, d_pre
+    parts, sums = empty(slots, d_out) if dec else None, empty(slots, 2)
+    for pieces in (True, False):
+        rows, firsts = runs[bool(dec) and every_row[2] and not pieces]
+        n_rows = firsts.shape[0] - 1
+        launch(
+            _row_step.decoder_step_kernel, (slots if pieces else n_rows,),
+            W_dec, rows, firsts, owner, entries, parts, sums, db,
+            dec, _hyper(betas[4], betas[5], eps[2]),
+            n_rows, m, d_out, n, split, l1, PIECES=pieces, UNIT_NORM=unit_norm, **blocks,
+        )  # fmt: skip
+
+    if error.shape[0] > n:
+        tokens = tokens % max(n, 1)
+    parts = _partial_sums(d_pre, x, starts, tokens, owner, split, slots) if enc else None
+    rows, firsts = runs[bool(enc) and every_row[0]]
+    n_rows = firsts.shape[0] - 1
+    config = choose(_row_step.ENCODER, architecture(x.device), d_in)
+    width = slice_width(d_in, config.most_columns)
+    programs = min(n_rows, config.programs)
+    pull = empty(programs, d_in)
+    launch(
+        _row_step.encoder_step_kernel, (programs, -(-d_in // width)),
+        W_enc, rows, firsts, tokens, d_pre, x, parts, db, pull,
+        enc, _hyper(betas[0], betas[1], eps[0]),
+        n_rows, m, d_in, split,
+        BLOCK_J=config.BLOCK_J, BLOCK_D=width, num_warps=max(1, width // config.warp_columns),
+    )  # fmt: skip
+    if bias_state:
+        exp_avg, exp_avg_sq, last_step = bias_state
+        rows, grad = (None, db) if every_row[1] else (latents, db[latents.clamp(max=m - 1)])
+        row_update(
+            b_enc[:, None], exp_avg, exp_avg_sq, last_step, rows, grad[:, None], coasts[1], clocks[1],
+            betas[2], betas[3], eps[1], False,
+        )  # fmt: skip
+    return pull.sum(0)
+
+
+def _hyper(beta1: float, beta2: float, eps: float) -> tuple[float, ...]:
+    """What the kernels take of Adam's constants: 1 - beta and log2 beta are lost if fp32 computes them."""
+    logs = [math.log2(beta) if beta else -1e30 for beta in (beta1, beta2)]  # 0 * -1e30 is 0, and 0^0 is 1
+    return beta1, 1 - beta1, logs[0], beta2, 1 - beta2, logs[1], eps
+
+
+def _check_width(name: str, width: int) -> None:
+    if width > _row_update.WIDEST:
+        reject(
+            name, f"rows of {width}", f"at most {_row_update.WIDEST}: a kernel holds a whole row in registers"
+        )

@@ -21,7 +21,7 @@ def error_scale(target: Tensor, kind: str) -> Tensor:
     """
     target = upcast(target.detach())
     if kind == "squared_error":
-        return target.new_tensor(1 / max(target.shape[0], 1))
+        return target.new_full((), 1 / max(target.shape[0], 1))
     variance = (target - target.mean(0)).square().sum()
     return torch.where(variance > 0, 1 / variance, 0)
 

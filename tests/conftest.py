@@ -1,16 +1,21 @@
 """Fixtures that every test file may ask for; none is automatic."""
 
+import os
+
 import pytest
 import torch
 
-import fastsae.backends.torch as portable
-from fastsae import backends
-from fastsae.optim import row_adam
+INTERPRETING = not torch.cuda.is_available()
+if INTERPRETING:
+    os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported: it makes them run on CPU tensors
+
+import fastsae.backends.torch as portable  # noqa: E402
+from fastsae import backends  # noqa: E402
+from fastsae.optim import row_adam  # noqa: E402
 
 SMALL = "torch in small blocks"
-FAST = [name for name, reason in backends.available().items() if reason is None and name != "reference"] + [
-    SMALL
-]
+# on a GPU kernels take only its tensors: tests/test_gpu.py
+FAST = ["torch", SMALL, *(["triton"] if INTERPRETING and backends.available()["triton"] is None else [])]
 
 
 @pytest.fixture(params=FAST)
@@ -23,6 +28,18 @@ def backend(request):
 def any_backend(request):
     """Each usable backend."""
     return _prepare(request)
+
+
+@pytest.fixture(params=[name for name in ["reference", *FAST] if name != "triton"])
+def exact_backend(request):
+    """Each usable backend that computes in fp64."""
+    return _prepare(request)
+
+
+@pytest.fixture
+def few():
+    """few(n, backend): as many tokens as Triton's interpreter manages, which takes milliseconds for each."""
+    return lambda n, backend: min(n, 3) if backend == "triton" else n
 
 
 def _prepare(request):
@@ -59,3 +76,22 @@ def one_thread():
 def two_threads(one_thread):
     """Where the order of sums might depend on threads."""
     yield from _threads(2)
+
+
+def _hasten_interpreter():
+    """Triton's interpreter patches triton.language again at each call of a device function: half its time."""
+    from triton.runtime import interpreter
+
+    patched = set()
+
+    def call(self, *args, **kwargs):
+        if self.fn not in patched:
+            patched.add(self.fn)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
+if INTERPRETING:
+    _hasten_interpreter()

@@ -119,7 +119,7 @@ def _import_fault(module: str, target: str, lazy: bool) -> str | None:
         return _layer_fault(_part(module), _part(target), lazy)
     if _part(module) == "ops" and not stdlib and top != "torch":
         return f"the contract imports {target}, not only torch"
-    if top in OPTIONAL and not lazy and module != "fastsae.backends.triton":
+    if top in OPTIONAL and not lazy and not module.startswith("fastsae.backends.triton"):
         return f"imports the optional {top} at module level"
     return None
 

@@ -87,8 +87,9 @@ def gradients(backend, p, activation, threshold=None, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rule", RULES)
-def test_forward_and_gradients(backend, rule, shape, dtype):
+def test_forward_and_gradients(few, backend, rule, shape, dtype):
     n, d, m, k = shape
+    n = few(n, backend)
     p = problem(n, d, m)
     if rule == "ReLU" and n > 1:
         p.b_enc.sub_(1.5)  # a sparse code: of very long rows a running sum errs more than a blocked product
@@ -119,8 +120,8 @@ def test_without_a_bias(backend, rule):
 
 @pytest.mark.parametrize("k", [1, 2, 13, 256, 257])
 @pytest.mark.parametrize("rule", RULES)
-def test_ties_go_to_the_lowest_index(any_backend, rule, k):
-    p = problem(19, 7, 257, integers=True)
+def test_ties_go_to_the_lowest_index(few, any_backend, rule, k):
+    p = problem(few(19, any_backend), 7, 257, integers=True)
     activation, threshold = RULES[rule](k, 257)
     threshold = threshold.round() if isinstance(threshold, torch.Tensor) else threshold
     expected = by_hand(*p.encoder, activation, threshold)
@@ -130,8 +131,9 @@ def test_ties_go_to_the_lowest_index(any_backend, rule, k):
 
 @pytest.mark.parametrize("name", ADVERSARIAL)
 @pytest.mark.parametrize("rule", RULES)
-def test_adversarial_inputs(any_backend, rule, name):
+def test_adversarial_inputs(few, any_backend, rule, name):
     for n, d, m, k in ((9, 7, 257, 6), (3, 2, 50, 50), (2, 3, 1, 1)):
+        n = few(n, any_backend)
         activation, threshold = RULES[rule](k, m)
         for dtype in (torch.float32, torch.bfloat16):
             p = adversarial(name, n, d, m, k).to(dtype)
@@ -201,8 +203,8 @@ def test_subset_confines_the_choice(any_backend, rule, subset):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_two_runs_agree_to_the_bit(backend, two_threads, rule):
-    p = problem(33, 24, 1000)
+def test_two_runs_agree_to_the_bit(few, backend, two_threads, rule):
+    p = problem(few(33, backend), 24, 1000)
     assert_repeatable(lambda: gradients(backend, p, *RULES[rule](8, 1000)))
 
 

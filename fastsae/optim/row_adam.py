@@ -70,8 +70,6 @@ class RowAdam(torch.optim.Optimizer):
         check_choice("state_dtype", state_dtype, ("float32",))
         resolve(backend)
         self.backend = backend
-        # what row_update must know of the step under way, by the id of the group
-        self._clocks: dict[int, Tensor] = {}
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -152,12 +150,17 @@ class RowAdam(torch.optim.Optimizer):
                 if group[name] is not None:
                     group[name] = group[name].to(group["params"][0].device, copy=True)
 
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"backend": self.backend}  # what torch copies of an optimizer, and this
+
     def begin_step_(self, proceed: Tensor | None = None) -> None:
         """Count the step that the updates up to :meth:`end_step_` belong to.
 
         Where the 0-dim ``proceed`` is 0 or False, nothing is counted and those updates change nothing, which
         the host needn't know.
         """
+        # what row_update must know of the step under way, by the id of the group
+        self._clocks: dict[int, Tensor] = {}
         for group in self.param_groups:
             steps, (beta1, beta2) = group["steps"], group["betas"]
             go = steps.new_ones(()) if proceed is None else proceed.to(steps)
@@ -327,9 +330,7 @@ def _touched(grad: Tensor, dense: bool) -> tuple[Tensor | None, Tensor]:
     return rows[live], values[live]
 
 
-def _extend_coast(
-    coast: Tensor | None, clock: Tensor, beta1: float, beta2: float, eps: float
-) -> Tensor:
+def _extend_coast(coast: Tensor | None, clock: Tensor, beta1: float, beta2: float, eps: float) -> Tensor:
     """The coast table after the step of ``clock``, which adds to coast[t], for each t < step,
 
         lr r^(step - t) sqrt(1 - beta2^step) / (1 - beta1^step)
@@ -340,7 +341,7 @@ def _extend_coast(
     elsewhere the host doesn't look at the step, and the table has room for all.
     """
     if coast is None:
-        coast = clock.new_zeros(256 if clock.device.type == "cpu" else GPU_STEPS)
+        coast = clock.new_zeros(256 if _on_host(clock) else GPU_STEPS)
     r = beta1 / math.sqrt(beta2) if beta2 else 0.0
     reach = math.inf if r else 0
     if 0 < r < 1:
@@ -348,7 +349,7 @@ def _extend_coast(
     if r and 0 < eps < 1:
         reach = min(reach, math.ceil(2 * math.log(eps) / math.log(beta2)))
     first, last = 0, len(coast)
-    if clock.device.type == "cpu":
+    if _on_host(clock):
         last = int(clock[0])
         if last >= len(coast):
             coast = torch.nn.functional.pad(coast, (0, 2 * last - len(coast)))
@@ -357,3 +358,8 @@ def _extend_coast(
     owed = torch.where((age >= 1) & (age <= reach), r**age, 0)
     coast[first:last] += clock[1] * clock[3] * owed
     return coast
+
+
+def _on_host(t: Tensor) -> bool:
+    """Whether reading ``t`` costs the host no wait."""
+    return t.device.type == "cpu"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-__all__ = ["CONFIGS", "CodeGradConfig", "code_grad_kernel"]
+__all__ = ["CONFIGS", "TRIALS", "CodeGradConfig", "code_grad_kernel"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class CodeGradConfig:
 
 CONFIGS = {(80, 16384): CodeGradConfig(BLOCK_K=16, BLOCK_D=256, num_warps=4)}
 """By (lowest arch, largest width). Not measured yet: four rows of 512 bytes in flight per warp (2026-11)."""
+TRIALS = (
+    CodeGradConfig(BLOCK_K=8, BLOCK_D=512, num_warps=4),
+    CodeGradConfig(BLOCK_K=16, BLOCK_D=512, num_warps=8),
+)
+"""What FASTSAE_AUTOTUNE=1 tries beside the table's."""
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-__all__ = ["CONFIGS", "DecodeConfig", "decode_kernel", "slice_width"]
+__all__ = ["CONFIGS", "TRIALS", "DecodeConfig", "decode_kernel", "slice_width"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,12 @@ CONFIGS = {
     (80, 16384): DecodeConfig(BLOCK_K=8, most_columns=1024),
 }
 """By (lowest arch, largest width). Not measured yet: chosen from registers (2026-11)."""
+TRIALS = (
+    DecodeConfig(BLOCK_K=4, most_columns=1024),
+    DecodeConfig(BLOCK_K=8, most_columns=2048),
+    DecodeConfig(BLOCK_K=16, most_columns=512),
+)
+"""What FASTSAE_AUTOTUNE=1 tries beside the table's."""
 
 
 def slice_width(width: int, most: int) -> int:

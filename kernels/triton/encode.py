@@ -44,14 +44,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """Columns that a program looks at together, and the warps that do."""
+    """Columns looked at together and warps: of append and settle's replay; of the kernels that read a list."""
 
-    block: int
-    num_warps: int
+    block: int = 256
+    num_warps: int = 1
+    list_block: int = 1024
+    list_warps: int = 4
 
 
-# Not yet measured on a GPU. One warp a row: enough rows to fill the chip, and no barrier in the loop.
-CONFIGS = {(80, 1 << 30): EncodeConfig(block=256, num_warps=1)}
+CONFIGS = {(80, 1 << 30): EncodeConfig()}
+"""By (lowest arch, largest width). Not measured yet: one warp a row streams without a barrier, in 96 registers,
+which leaves room for 21 rows an SM, two blocks of 1 KiB each under way (2026-11)."""
 
 
 @triton.jit

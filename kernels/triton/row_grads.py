@@ -24,6 +24,7 @@ __all__ = [
     "CHUNKS",
     "CONFIGS",
     "SPLIT",
+    "TRIALS",
     "RowGradsConfig",
     "piece",
     "pieces_of",
@@ -51,6 +52,8 @@ CONFIGS = {
     (80, 16384): RowGradsConfig(BLOCK_J=8, most_columns=1024),
 }
 """By (lowest arch, largest width). Not measured yet: as decode's (2026-11)."""
+TRIALS = (RowGradsConfig(BLOCK_J=4, most_columns=1024), RowGradsConfig(BLOCK_J=16, most_columns=512))
+"""What FASTSAE_AUTOTUNE=1 tries beside the table's."""
 
 
 @triton.jit

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsae.backends.triton.support import architecture, launch
+from fastsae.backends.triton.support import launch, tuned
 from fastsae.kernels import code_grad as _code_grad
 from fastsae.kernels import decode as _decode
-from fastsae.kernels.common import choose
 
 __all__ = ["code_grad", "decode", "decode_error"]
 
@@ -28,25 +27,31 @@ def decode_error(
 
 def _decode_rows(values, indices, offsets, W_dec, b_dec, target) -> tuple[Tensor, Tensor]:
     n, d = offsets.shape[0] - 1, W_dec.shape[1]
-    config = choose(_decode.CONFIGS, architecture(W_dec.device), d)
-    width = _decode.slice_width(d, config.most_columns)
-    out = W_dec.new_empty(n, d)
-    squares = W_dec.new_empty(0 if target is None else n, -(-d // width), dtype=torch.float32)
-    launch(
-        _decode.decode_kernel, (n, -(-d // width)),
-        values, indices, offsets, W_dec, b_dec, target, out, squares, d,
-        BLOCK_K=config.BLOCK_K, BLOCK_D=width, num_warps=max(1, width // config.warp_columns),
-    )  # fmt: skip
-    return out, squares
+
+    def run(config: _decode.DecodeConfig) -> tuple[Tensor, Tensor]:
+        width = _decode.slice_width(d, config.most_columns)
+        out = W_dec.new_empty(n, d)
+        squares = W_dec.new_empty(0 if target is None else n, -(-d // width), dtype=torch.float32)
+        launch(
+            _decode.decode_kernel, (n, -(-d // width)),
+            values, indices, offsets, W_dec, b_dec, target, out, squares, d,
+            BLOCK_K=config.BLOCK_K, BLOCK_D=width, num_warps=max(1, width // config.warp_columns),
+        )  # fmt: skip
+        return out, squares
+
+    return tuned(_decode.CONFIGS, _decode.TRIALS, W_dec, d, run)
 
 
 def code_grad(grad_x_hat: Tensor, W_dec: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
     """See :func:`fastsae.backends.reference.code_grad`. Any width: a program walks along it."""
     n, d = grad_x_hat.shape
-    config = choose(_code_grad.CONFIGS, architecture(W_dec.device), d)
     grad = grad_x_hat.new_zeros(indices.shape[0])  # places beyond offsets[-1] keep the 0
-    launch(
-        _code_grad.code_grad_kernel, (n,), grad_x_hat, W_dec, indices, offsets, grad, d,
-        BLOCK_K=config.BLOCK_K, BLOCK_D=config.BLOCK_D, num_warps=config.num_warps,
-    )  # fmt: skip
-    return grad
+
+    def run(config: _code_grad.CodeGradConfig) -> Tensor:
+        launch(
+            _code_grad.code_grad_kernel, (n,), grad_x_hat, W_dec, indices, offsets, grad, d,
+            BLOCK_K=config.BLOCK_K, BLOCK_D=config.BLOCK_D, num_warps=config.num_warps,
+        )  # fmt: skip
+        return grad
+
+    return tuned(_code_grad.CONFIGS, _code_grad.TRIALS, W_dec, d, run)

@@ -140,7 +140,7 @@ class _TopList:
             reject("k_aux", k, f"at most {MAX_K_DEAD} on backend 'triton'")
         n, device = len(x), x.device
         self.k, self.dtype, self.subset, self.allowed = k, W.dtype, subset, allowed
-        self.config = choose(kernels.CONFIGS, architecture(device), x.shape[1])
+        self.config = choose(kernels.CONFIGS, architecture(device), CHUNK)
         room = 4 * k if k <= 256 else 2 * k  # after each chunk k remain, and few are added to them
         self.capacity = triton.next_power_of_2(max(room, k + self.config.block))
         self.values = torch.empty(n, self.capacity, dtype=torch.float32, device=device)
@@ -175,21 +175,20 @@ class _TopList:
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """values, indices, offsets; best first, or in the order of latents where only some are allowed."""
-        n, ordered = len(self.count), self.allowed is None
-        values = torch.empty(n * self.k, dtype=self.dtype, device=self.count.device)
-        indices = torch.empty(n * self.k, dtype=torch.int32, device=self.count.device)
-        per_row = torch.full_like(self.count[:1], self.k, dtype=torch.int64) if n else self.count[:1].long()
+        n, device = len(self.count), self.count.device
+        values = torch.empty(n * self.k, dtype=self.dtype, device=device)
+        indices = torch.empty(n * self.k, dtype=torch.int32, device=device)
+        per_row = torch.full((), self.k, dtype=torch.int64, device=device)
         if self.n_allowed is not None:
-            per_row = self.n_allowed.clamp_max(self.k)
+            per_row = per_row.minimum(self.n_allowed)
         if self.k:
             kept = triton.next_power_of_2(self.k)
             launch(
                 kernels.finish, (n,), self.values, self.columns, self.count, self.subset, per_row, values,
-                indices, HAS_SUBSET=self.subset is not None, ORDERED=ordered, CAPACITY=self.capacity,
-                KEPT=kept, BLOCK=min(16, kept), num_warps=max(1, min(16, kept // 64)),
+                indices, HAS_SUBSET=self.subset is not None, ORDERED=self.allowed is None,
+                CAPACITY=self.capacity, KEPT=kept, BLOCK=min(16, kept), num_warps=max(1, min(16, kept // 64)),
             )  # fmt: skip
-        offsets = torch.arange(n + 1, device=values.device) * (per_row if n else 0)
-        return values, indices, offsets
+        return values, indices, torch.arange(n + 1, device=device) * per_row
 
 
 class _Entries(NamedTuple):
@@ -208,6 +207,11 @@ class _Entries(NamedTuple):
         """The code of these scores: ReLU, and the latents that columns stand for."""
         columns = self.columns if subset is None else subset[self.columns.long()].int()
         return self.values.relu().to(dtype), columns, self.starts
+
+
+def _list_options(like: Tensor, bias: Tensor | None) -> dict[str, int]:
+    config = choose(kernels.CONFIGS, architecture(like.device), CHUNK)
+    return {"HAS_BIAS": bias is not None, "BLOCK": config.list_block, "num_warps": config.list_warps}
 
 
 class _BatchList:
@@ -230,7 +234,7 @@ class _BatchList:
         n, rows = len(self.above), (chunk.row, len(scores))
         if not self.keep:
             return
-        shared = {"HAS_BIAS": chunk.bias is not None, "BLOCK": 1024, "num_warps": 4}
+        shared = _list_options(scores, chunk.bias)
 
         def tally(proceed: Tensor) -> None:
             launch(
@@ -277,7 +281,7 @@ class _ThresholdList:
         scores, width = chunk.scores, chunk.scores.shape[1]
         n, rows = len(self.none.starts) - 1, (chunk.row, len(scores))
         cut = self.cut[chunk.column : chunk.column + width] if self.cut.ndim else self.cut
-        shared = {"HAS_BIAS": chunk.bias is not None, "BLOCK": 1024, "num_warps": 4}
+        shared = _list_options(scores, chunk.bias)
         above, equal = torch.zeros(2, n, dtype=torch.int32, device=cut.device)
         launch(
             kernels.tally, (n,), scores, chunk.bias, cut, torch.ones_like(above[:1]), self.none.values,
@@ -299,7 +303,7 @@ class _ThresholdList:
         for part in self.parts:
             launch(
                 kernels.merge, (len(base) - 1,), part.values, None, cut, *part, allowance, base, *whole[:2],
-                0, 0, 0, 0, 0, HAS_BIAS=False, BLOCK=1024, num_warps=4,
+                0, 0, 0, 0, 0, **_list_options(base, None),
             )  # fmt: skip
             base[:-1] += part.starts.diff()
         return whole.code(self.dtype, self.subset)

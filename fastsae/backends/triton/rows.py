@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from fastsae.backends.torch import transpose
-from fastsae.backends.triton.support import architecture, launch
+from fastsae.backends.triton.support import architecture, launch, tuned
 from fastsae.checks import reject
 from fastsae.kernels import row_grads as _row_grads
 from fastsae.kernels import row_step as _row_step
@@ -39,13 +39,16 @@ def _partial_sums(coefs, x, starts, tokens, owner, split, slots) -> Tensor:
 
 def _launch_row_grads(programs, pieces, coefs, x, starts, tokens, owner, parts, out, split) -> None:
     d = x.shape[1]
-    config = choose(_row_grads.CONFIGS, architecture(x.device), d)
-    width = slice_width(d, config.most_columns)
-    launch(
-        _row_grads.row_grads_kernel, (programs, -(-d // width)),
-        coefs, x, starts, tokens, owner, parts, out, starts.shape[0] - 1, d, split,
-        PIECES=pieces, BLOCK_J=config.BLOCK_J, BLOCK_D=width, num_warps=max(1, width // config.warp_columns),
-    )  # fmt: skip
+
+    def run(config: _row_grads.RowGradsConfig) -> None:
+        width = slice_width(d, config.most_columns)
+        launch(
+            _row_grads.row_grads_kernel, (programs, -(-d // width)),
+            coefs, x, starts, tokens, owner, parts, out, starts.shape[0] - 1, d, split, PIECES=pieces,
+            BLOCK_J=config.BLOCK_J, BLOCK_D=width, num_warps=max(1, width // config.warp_columns),
+        )  # fmt: skip
+
+    tuned(_row_grads.CONFIGS, _row_grads.TRIALS, x, d, run)
 
 
 def _pieces(starts: Tensor, n_entries: int) -> tuple[Tensor, int, int]:

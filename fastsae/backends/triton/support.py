@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
-__all__ = ["WITHOUT_GPU", "architecture", "interpreting", "launch"]
+from fastsae.kernels.common import choose
+
+__all__ = ["WITHOUT_GPU", "architecture", "interpreting", "launch", "tuned"]
+
+Config = TypeVar("Config")
+Result = TypeVar("Result")
 
 WITHOUT_GPU = 90
 """The architecture taken for tensors that aren't on a GPU; ``fastsae.benchmarks compile`` sets it to others."""
@@ -42,3 +49,29 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_s
             kernel[grid](*args, **constants, **options)
     else:
         kernel[grid](*args, **constants, **options)
+
+
+_FASTEST: dict[tuple, Any] = {}
+
+
+def tuned(
+    table: Mapping[tuple[int, int], Config], trials: Iterable[Config], like: Tensor, width: int,
+    run: Callable[[Config], Result],
+) -> Result:  # fmt: skip
+    """``run`` with the table's config for ``width`` columns of ``like``'s dtype on its device.
+
+    With FASTSAE_AUTOTUNE=1, with the fastest of it and ``trials``, timed when first wanted; ``run`` must then
+    bear being repeated.
+    """
+    arch = architecture(like.device)
+    config = choose(table, arch, width)
+    if os.environ.get("FASTSAE_AUTOTUNE", "0") == "1":
+        key = id(table), arch, width, like.dtype
+        if key not in _FASTEST:
+            _FASTEST[key] = min((config, *trials), key=lambda c: _milliseconds(lambda: run(c)))
+        config = _FASTEST[key]
+    return run(config)
+
+
+def _milliseconds(call: Callable[[], Any]) -> float:
+    return triton.testing.do_bench(call, return_mode="median")

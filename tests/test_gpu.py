@@ -1,0 +1,245 @@
+"""The kernels on a GPU, in each dtype: against the fp64 oracle on a CPU, run against run, and in a CUDA graph.
+
+The other files hold the same kernels, in Triton's interpreter, against more.
+"""
+
+import copy
+
+import pytest
+import torch
+
+from fastsae import SAE, AuxK, BatchTopK, JumpReLU, ReLU, SAEConfig, SparseCode, TopK, ops
+from fastsae import functional as F
+from fastsae.optim import RowAdam
+from fastsae.testing import (
+    ADVERSARIAL,
+    adversarial,
+    assert_close,
+    assert_encodes,
+    assert_repeatable,
+    assert_same,
+    assert_same_code,
+    problem,
+    random_code,
+)
+from fastsae.training import train_step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DEVICE = "cuda"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+N, D, M, K = 300, 256, 20_000, 64
+RULES = {
+    "TopK": (TopK(K), None),
+    "BatchTopK": (BatchTopK(K), None),
+    "BatchTopK with a threshold": (BatchTopK(K), 1.5),
+    "JumpReLU": (JumpReLU(), torch.linspace(1, 4, M)),
+    "ReLU": (ReLU(), None),
+}
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture
+def several_chunks(monkeypatch):
+    from fastsae.backends.triton import encode
+
+    monkeypatch.setattr(encode, "ROWS", 128)
+    monkeypatch.setattr(encode, "CHUNK", 3000)
+
+
+def on_gpu(value):
+    """Tensors moved, in nested lists and tuples too; everything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.to(DEVICE)
+    return type(value)(map(on_gpu, value)) if isinstance(value, list | tuple) else value
+
+
+def encode(operands, activation, threshold=None, **options):
+    return F.encode(*on_gpu(operands), activation, threshold=on_gpu(threshold), backend="triton", **options)
+
+
+@dtypes
+@pytest.mark.parametrize("rule", RULES)
+def test_encode(several_chunks, rule, dtype):
+    p = problem(N, D, M).to(dtype)
+    activation, threshold = RULES[rule]
+    code = encode(p.encoder, activation, threshold).to("cpu")
+    assert assert_encodes(code, *p.encoder, activation, threshold) > 0
+
+
+@dtypes
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_adversarial_rows(several_chunks, name, dtype):
+    n, d, m, k = 200, 8, 7000, 50
+    p = adversarial(name, n, d, m, k).to(dtype)
+    for rule, threshold in (("topk", None), ("batchtopk", None), ("threshold", torch.tensor(1.5))):
+        args = p.x.contiguous(), p.W_enc, p.b_enc, threshold, None, rule, k
+        exact = (t.double() if isinstance(t, torch.Tensor) else t for t in args)
+        expected = SparseCode(*ops.implementation("encode", "reference")(*exact), m)
+        actual = SparseCode(*ops.implementation("encode", "triton")(*on_gpu(args)), m).to("cpu")
+        assert_same_code(actual, expected)
+
+
+@dtypes
+@pytest.mark.parametrize("name", ["random", *ADVERSARIAL])
+def test_fused_encode(name, dtype):
+    from fastsae.backends.triton.encode_fused import encode_topk_fused
+
+    n, d, m, k = 200, 72, 7000, 50
+    if name == "random":
+        p = problem(n, d, m).to(dtype)
+        code = SparseCode(*encode_topk_fused(*on_gpu(p.encoder), k), m).to("cpu")
+        assert assert_encodes(code, *p.encoder, TopK(k)) > 0
+        return
+    p = adversarial(name, n, d, m, k).to(dtype)
+    x, W_enc, b_enc = (t.contiguous() for t in p.encoder)
+    exact = (t.double() for t in (x, W_enc, b_enc))
+    expected = SparseCode(*ops.implementation("encode", "reference")(*exact, None, None, "topk", k), m)
+    assert_same_code(SparseCode(*encode_topk_fused(*on_gpu((x, W_enc, b_enc)), k), m).to("cpu"), expected)
+
+
+def arguments(dtype, m=2000, n=600, d=D, d_out=200):
+    """For each operator but encode, operands that reach every branch: hot latents, spare places, padding."""
+    p = problem(n, d, m, d_out=d_out).to(dtype)
+    code = random_code(n, m, spare=9)
+    for first, end in zip(code.offsets[:-1], code.offsets[1:], strict=True):
+        if first < end and 7 not in code.indices[first:end]:
+            code.indices[first] = 7  # fires on nearly every token
+    values, indices, offsets = code.values.to(dtype), code.indices, code.offsets
+    latents, starts, tokens, order = ops.implementation("transpose", "reference")(values, indices, offsets, m)
+    wide = [torch.rand(m, d) * 0.1, torch.rand(m, d) + 0.1, torch.arange(m).remainder(9).int()]
+    clock = torch.tensor([9, 1e-2, 1e-3, 1], dtype=torch.float64)
+    coast = torch.rand(10, dtype=torch.float64) * 0.01
+    adam = clock, 0.9, 0.999, 1e-2
+    error = problem(n, d_out, 1, seed=1).x.to(dtype)
+    yield "decode", (values, indices, offsets, p.W_dec, p.b_dec)
+    yield "decode_error", (values, indices, offsets, p.W_dec, p.b_dec, error)
+    yield "code_grad", (error, p.W_dec, indices, offsets)
+    yield "transpose", (values, indices, offsets, m)
+    yield "row_grads", (values.nan_to_num()[order], error, starts, tokens)
+    yield "row_update", (p.W_enc, *wide, latents, torch.rand(len(latents), d), coast, *adam, True)
+    bias = [torch.rand(m), torch.rand(m) + 0.1, wide[2].clone()]
+    dec = [torch.rand(m, d_out) * 0.1, torch.rand(m, d_out) + 0.1, wide[2].clone()]
+    shared = [coast, None, coast], [clock] * 3, [0.9, 0.999] * 3, [1e-2] * 3, [False, True, False]
+    second = SparseCode(values, indices, offsets, m)
+    both = torch.cat([second.offsets, second.offsets[-1:].expand(n)])
+    rows = torch.cat([error, torch.zeros_like(error)]), torch.rand(2 * n)
+    for unit_norm, l1 in ((True, 0.0), (False, 0.01)):
+        yield "row_step", (
+            p.W_enc, p.b_enc, p.W_dec, [t.clone() for t in wide], bias, dec, *shared, unit_norm, values,
+            indices, both, p.x, *rows, l1,
+        )  # fmt: skip
+
+
+def run(op, backend, args, device="cpu", dtype=None):
+    """All tensors of the result, and those that the operator changes in place, on the CPU."""
+
+    def prepare(value):
+        if isinstance(value, torch.Tensor):
+            value = value.to(dtype) if dtype and value.is_floating_point() else value
+            return value.to(device, copy=True)
+        return [prepare(v) for v in value] if isinstance(value, list | tuple) else value
+
+    args = [prepare(a) for a in args]
+    out = ops.implementation(op, backend)(*args)
+    flat = torch.utils._pytree.tree_leaves([out, args if op.startswith("row_") else []])
+    return [t.cpu() for t in flat if isinstance(t, torch.Tensor)]
+
+
+@dtypes
+def test_the_other_operators(dtype):
+    for op, args in arguments(dtype):
+        results = run(op, "triton", args, DEVICE), run(op, "reference", args)
+        exact = run(op, "reference", args, dtype=torch.float64)
+        for i, (actual, eager, oracle) in enumerate(zip(*results, exact, strict=True)):
+            if actual.is_floating_point():
+                assert_close(actual, eager, oracle, f"{op}, tensor {i}")
+            else:
+                assert_same(actual, eager, f"{op}, tensor {i}")
+
+
+@dtypes
+def test_two_runs_agree_to_the_bit(several_chunks, dtype):
+    for op, args in arguments(dtype):
+        assert_repeatable(lambda op=op, args=args: run(op, "triton", args, DEVICE))
+    p = problem(N, D, M).to(dtype)
+    for activation, threshold in RULES.values():
+        assert_repeatable(lambda a=activation, t=threshold: encoded(p, a, t))
+
+
+def encoded(p, activation, threshold):
+    code = encode(p.encoder, activation, threshold)
+    return code.values, code.indices, code.offsets
+
+
+def make(activation, dtype=torch.float32, mode="deferred"):
+    torch.manual_seed(0)
+    losses = (AuxK(0.5, k_aux=32, dead_after=500),)
+    sae = SAE(SAEConfig(D, 3000, activation, losses=losses), dtype=dtype, backend="triton").to(DEVICE)
+    with torch.no_grad():
+        sae.b_enc[::6] = -30
+    return sae, RowAdam(sae, 1e-3, eps=1e-3, mode=mode, backend="triton")
+
+
+def batches(dtype=torch.float32, count=6):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(N, D, generator=generator).to(DEVICE, dtype) for _ in range(count)]
+
+
+def everything(sae, optimizer):
+    states = [t for state in optimizer.state.values() for t in state.values()]
+    return [*(t.clone() for t in sae.state_dict().values()), *(t.clone() for t in states)]
+
+
+@pytest.mark.parametrize("mode", ["dense", "lazy", "deferred"])
+@pytest.mark.parametrize("activation", [TopK(8), BatchTopK(8), JumpReLU(1.0)], ids=str)
+def test_training_matches_the_oracle(activation, mode):
+    runs = []
+    for backend, dtype in (
+        ("triton", torch.float32),
+        ("reference", torch.float32),
+        ("reference", torch.float64),
+    ):
+        sae, _ = make(activation, dtype)
+        sae.backend = backend
+        optimizer = RowAdam(sae, 1e-3, eps=1e-3, mode=mode, backend=backend)
+        for x in batches(dtype, 3):
+            train_step(sae, optimizer, x)
+        runs.append(sae.state_dict())
+    for name, exact in runs[2].items():
+        if exact.dtype == torch.float64:
+            assert_close(runs[0][name], runs[1][name], exact, name)
+
+
+@dtypes
+@pytest.mark.parametrize("activation", [TopK(8), BatchTopK(8)], ids=str)
+def test_a_step_can_be_captured_in_a_graph(activation, dtype):
+    """Replays equal steps launched one by one; and no step makes the host wait."""
+    sae, optimizer = make(activation, dtype)
+    *first, last = batches(dtype)
+    for x in first[:2]:
+        train_step(sae, optimizer, x)
+    x, stream = first[2].clone(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        train_step(sae, optimizer, x)
+    torch.cuda.current_stream().wait_stream(stream)
+    twin, its_optimizer = copy.deepcopy((sae, optimizer))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        metrics = train_step(sae, optimizer, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in (*first[3:], last * torch.nan, last):
+            x.copy_(batch)
+            graph.replay()
+            expected = train_step(twin, its_optimizer, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same(metrics["loss"], expected["loss"])
+    for a, b in zip(everything(sae, optimizer), everything(twin, its_optimizer), strict=True):
+        assert_same(a, b)
+    assert optimizer.param_groups[0]["steps"] == 7 - 1

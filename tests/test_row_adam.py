@@ -65,9 +65,14 @@ def schedule(step):
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.95, 0.9), (0.0, 0.99)], ids=str)
-def test_dense_is_adam(backend, betas):
+def test_dense_is_adam(exact_backend, betas):
     ours, theirs = parameters(), parameters()
-    run(RowAdam(ours, 0.01, betas, mode="dense", backend=backend), ours, range(1, 301), schedule=schedule)
+    run(
+        RowAdam(ours, 0.01, betas, mode="dense", backend=exact_backend),
+        ours,
+        range(1, 301),
+        schedule=schedule,
+    )
     run(torch.optim.Adam(theirs, 0.01, betas), theirs, range(1, 301), schedule=schedule)
     for a, b, start in zip(ours, theirs, parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -89,7 +94,7 @@ def test_dense_is_adam_in_fp32(backend):
 )
 @pytest.mark.parametrize("steps", [7, 100, 650])
 @pytest.mark.parametrize(("eps", "share"), [(1e-20, 1e-12), (1e-8, 1e-3)])
-def test_deferred_and_flushed_is_adam(backend, betas, steps, eps, share):
+def test_deferred_and_flushed_is_adam(exact_backend, betas, steps, eps, share):
     """To a share of the distance travelled, which only eps keeps from 0: Adam's v decays towards it.
 
     Also over more steps than one table of learning rates holds.
@@ -103,7 +108,7 @@ def test_deferred_and_flushed_is_adam(backend, betas, steps, eps, share):
             length += (p.detach() - before).abs()
             before.copy_(p.detach())
 
-    optimizer = RowAdam(ours, 0.01, betas, eps, mode="deferred", backend=backend)
+    optimizer = RowAdam(ours, 0.01, betas, eps, mode="deferred", backend=exact_backend)
     run(optimizer, ours, range(1, steps + 1), schedule=schedule)
     run(
         torch.optim.Adam(theirs, 0.01, betas, eps),
@@ -124,10 +129,10 @@ def test_deferred_and_flushed_is_adam(backend, betas, steps, eps, share):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)  # never idle: Adam itself
 
 
-def test_deferred_rows_idle_for_long(backend):
+def test_deferred_rows_idle_for_long(exact_backend):
     """One gradient, then 600 steps of silence under a rate that is raised long after it."""
     ours, theirs = (torch.nn.Parameter(torch.zeros(1, 3, dtype=torch.float64)) for _ in range(2))
-    optimizers = RowAdam([ours], mode="deferred", backend=backend), torch.optim.Adam([theirs])
+    optimizers = RowAdam([ours], mode="deferred", backend=exact_backend), torch.optim.Adam([theirs])
     path = 0.0
     for step in range(1, 602):
         before = theirs.detach().clone()
@@ -152,24 +157,24 @@ def test_deferred_in_fp32_stays_within_a_thousandth(backend):
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.95, 0.9)], ids=str)
-def test_lazy_is_sparse_adam(backend, betas):
+def test_lazy_is_sparse_adam(exact_backend, betas):
     """To eps, which SparseAdam doesn't correct for bias."""
     ours, theirs = parameters()[:1], parameters()[:1]
     run_rows = lambda optimizer, params: [  # noqa: E731
         (setattr(params[0], "grad", rows_of(gradients(step)[0])), optimizer.step()) for step in range(1, 301)
     ]
-    run_rows(RowAdam(ours, 0.01, betas, eps=1e-20, mode="lazy", backend=backend), ours)
+    run_rows(RowAdam(ours, 0.01, betas, eps=1e-20, mode="lazy", backend=exact_backend), ours)
     run_rows(torch.optim.SparseAdam(theirs, 0.01, betas, eps=1e-20), theirs)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-12)
     assert_same(ours[0][-1], parameters()[0][-1])
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_row_sparse_gradients_are_dense_ones(backend, mode):
+def test_row_sparse_gradients_are_dense_ones(exact_backend, mode):
     results = []
     for sparse in (False, True):
         params = parameters()
-        optimizer = RowAdam(params, 0.01, mode=mode, backend=backend)
+        optimizer = RowAdam(params, 0.01, mode=mode, backend=exact_backend)
         run(optimizer, params, range(1, 41), sparse=sparse)
         results.append([*copies(params), *optimizer.state[params[0]].values()])
     for a, b in zip(*results, strict=True):

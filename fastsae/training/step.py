@@ -184,7 +184,7 @@ def _forward(sae: SAE, x: Tensor, target: Tensor | None, multipliers: dict[str, 
     weight = multipliers["reconstruction"] * unit
     total = squares.sum()
     forward = _Forward(
-        code, *stored, x, error, (2 * weight).expand(len(x)), squares,
+        code, *stored, x, error, (2 * weight).repeat(len(x)), squares,
         terms={"reconstruction": weight * total},
         fvu=total * (unit if config.reconstruction == "fvu" else losses.error_scale(target, "fvu")),
     )  # fmt: skip
@@ -213,7 +213,7 @@ def _append_auxk(forward: _Forward, second: tuple, sae: SAE, factor: Tensor, bac
     forward.values, forward.indices = torch.cat([values, second[0]]), torch.cat([indices, second[1]])
     forward.offsets = torch.cat([offsets, offsets[-1] + second[2][1:]])
     forward.error = torch.cat([forward.error, missed])
-    forward.scale = torch.cat([forward.scale, (2 * factor).expand(len(missed))])
+    forward.scale = torch.cat([forward.scale, (2 * factor).repeat(len(missed))])
     forward.squares = torch.cat([forward.squares, squares])
     return factor * squares.sum()
 

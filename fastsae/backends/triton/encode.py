@@ -176,8 +176,9 @@ class _TopList:
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """values, indices, offsets; best first, or in the order of latents where only some are allowed."""
         n, device = len(self.count), self.count.device
-        values = torch.empty(n * self.k, dtype=self.dtype, device=device)
-        indices = torch.empty(n * self.k, dtype=torch.int32, device=device)
+        make = torch.empty if self.allowed is None else torch.zeros  # not all places may be used
+        values = make(n * self.k, dtype=self.dtype, device=device)
+        indices = make(n * self.k, dtype=torch.int32, device=device)
         per_row = torch.full((), self.k, dtype=torch.int64, device=device)
         if self.n_allowed is not None:
             per_row = per_row.minimum(self.n_allowed)

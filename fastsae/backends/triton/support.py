@@ -42,7 +42,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_s
     """Run ``kernel`` on ``grid`` programs, on the device of its first tensor; nothing where the grid is empty."""
     if 0 in grid:
         return
-    device = next(a.device for a in args if isinstance(a, Tensor))
+    flat = [t for a in args for t in (a if isinstance(a, tuple) else (a,)) if isinstance(t, Tensor)]
+    assert all(t.is_contiguous() for t in flat), f"{kernel.__name__} reads tensors as contiguous"
+    device = flat[0].device
     options = {"num_warps": num_warps, "num_stages": num_stages}
     if device.type == "cuda":
         with torch.cuda.device(device):

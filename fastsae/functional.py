@@ -122,7 +122,8 @@ def decode(
     # elsewhere the check would make the host wait, and a graph has no values to check
     if code.indices.device.type == "cpu" and not torch.compiler.is_compiling():
         check_indices(code)
-    x_hat = Decode.apply(values, code.indices, code.offsets, W_dec, b_dec, resolve(backend, W_dec), sparse_grad)
+    chosen = resolve(backend, W_dec)
+    x_hat = Decode.apply(values, code.indices, code.offsets, W_dec, b_dec, chosen, sparse_grad)
     return x_hat.view(*code.leading, W_dec.shape[1])
 
 

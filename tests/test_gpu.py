@@ -1,4 +1,4 @@
-"""The kernels on a GPU, in each dtype: against the fp64 oracle on a CPU, run against run, and in a CUDA graph.
+"""The kernels on a GPU, in each dtype: against the fp64 oracle on a CPU, run by run, and in a CUDA graph.
 
 The other files hold the same kernels, in Triton's interpreter, against more.
 """

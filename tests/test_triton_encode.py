@@ -157,17 +157,14 @@ def test_a_crowded_batch_list_raises_its_cut(small, lists, monkeypatch):
     assert cuts == sorted(cuts)
 
 
-def test_what_is_too_wide_is_refused():
+def test_what_is_too_wide_is_refused(monkeypatch):
     p = problem(2, 3, 2000)
     with pytest.raises(ValueError, match="k: got 1025, expected at most 1024 on backend 'triton'"):
         run(p, "topk", 1025)
+    monkeypatch.setattr(encode, "MAX_K_DEAD", 1000)
+    dead = torch.ones(2000, dtype=torch.bool)
     with pytest.raises(ValueError, match="k_aux: got 1500, expected at most 1000 on backend 'triton'"):
-        encode.MAX_K_DEAD, before = 1000, encode.MAX_K_DEAD
-        try:
-            dead = torch.ones(2000, dtype=torch.bool)
-            encode.encode_dead(*p.encoder, None, dead, "topk", 4, 1500)
-        finally:
-            encode.MAX_K_DEAD = before
+        encode.encode_dead(*p.encoder, None, dead, "topk", 4, 1500)
 
 
 def test_fp32_products_are_true_whatever_the_user_allows():
@@ -175,7 +172,7 @@ def test_fp32_products_are_true_whatever_the_user_allows():
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
     try:
-        with encode._true_fp32():
+        with support.true_fp32():
             assert matmul.fp32_precision == "ieee"
         assert matmul.fp32_precision == "tf32"
     finally:

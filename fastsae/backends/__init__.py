@@ -24,7 +24,7 @@ __all__ = ["Backend", "available", "diagnose", "resolve"]
 Backend = str
 """One of "auto", "reference", "torch", "triton", "cuda"."""
 MEASURED: dict[int, str] = {}
-"""GPUs for which ``auto`` takes Triton: 10 * major + minor, and the file of benchmarks/results that says why."""
+"""Where ``auto`` takes Triton: 10 * major + minor, and the file in benchmarks/results that shows why."""
 
 
 def available() -> dict[str, str | None]:

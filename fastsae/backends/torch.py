@@ -450,7 +450,7 @@ def row_step(
 
 
 def _update_blocks(tensors, latents, grad, every_row, adam) -> None:
-    """:func:`row_update` of the rows ``latents`` (or all), a block at a time; ``grad(lo, hi)`` makes theirs."""
+    """Update the rows ``latents`` (or all), a block at a time, by what ``grad(lo, hi)`` makes."""
     weight = tensors[0]
     size = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
     if not every_row:

@@ -151,7 +151,7 @@ class RowAdam(torch.optim.Optimizer):
                     group[name] = group[name].to(group["params"][0].device, copy=True)
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"backend": self.backend}  # what torch copies of an optimizer, and this
+        return super().__getstate__() | {"backend": self.backend}  # torch copies no attributes
 
     def begin_step_(self, proceed: Tensor | None = None) -> None:
         """Count the step that the updates up to :meth:`end_step_` belong to.

@@ -8,7 +8,10 @@ from typing import TypeVar
 import triton
 import triton.language as tl
 
-__all__ = ["choose", "float_of", "key_of"]
+__all__ = ["LOWEST", "choose", "float_of", "key_of", "kth_largest"]
+
+LOWEST = tl.constexpr(-(2**31))
+"""Below the key of every score."""
 
 Config = TypeVar("Config")
 
@@ -16,8 +19,8 @@ Config = TypeVar("Config")
 def choose(table: Mapping[tuple[int, int], Config], arch: int, width: int) -> Config:
     """The config for ``width`` on ``arch`` (80, 90, ...) of a table keyed by (lowest arch, largest width).
 
-    The highest arch that isn't above wins, then the smallest width that isn't below; a wider problem takes the
-    widest entry.
+    The highest arch that isn't above wins, then the smallest width that isn't below; a wider problem takes
+    the widest entry.
     """
     generation = max((a for a, _ in table if a <= arch), default=min(a for a, _ in table))
     widths = sorted(w for a, w in table if a == generation)
@@ -36,3 +39,13 @@ def key_of(score):
 def float_of(key):
     """The fp32 number that :func:`key_of` maps to ``key``; one below the key of -Inf is a NaN."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def kth_largest(keys, K):
+    """The K-th largest of the int32 ``keys`` [L], bit by bit; LOWEST where there are fewer above it."""
+    kth = tl.where(tl.sum((keys >= 0).to(tl.int32), 0) >= K, 0, LOWEST)
+    for bit in range(31):
+        trial = kth | (1 << (30 - bit))
+        kth = tl.where(tl.sum((keys >= trial).to(tl.int32), 0) >= K, trial, kth)
+    return kth

@@ -1,20 +1,20 @@
 """Selection over chunks of scores: the exact path of ``encode``.
 
-A GEMM (not here) writes scores of n tokens x width latents into a buffer; these kernels keep what may still be
-selected, and forget the rest. One program owns one row of scores, so nothing races: no atomics on lists, and
-candidates always stand in column order, which makes the lowest column win ties.
+A GEMM (not here) writes scores of n tokens x width latents into a buffer; these kernels keep what may still
+be selected, and forget the rest. One program owns one row of scores, so nothing races: no atomics on lists,
+and candidates always stand in column order, which makes the lowest column win ties.
 
 TopK. tau[n] is a lower bound on the k-th best score of row n so far.
     seed     tau from the first chunk: the k-th largest of strided column maxima
     append   scores > tau go to the row's candidates; streams the chunk once (4 n width bytes), compares one
-             number per score, and branches on blocks of columns that hold a hit (about 1 in 10)
+             number per score, and branches on blocks of columns that hold a hit
     settle   where the candidates would have overflown: replay the chunk, cutting back to k whenever they are
-             full; then cut back to k and raise tau. Cold code apart from append, which would lose its occupancy
+             full; then cut back to k and raise tau. Apart from append, which would lose its occupancy
     finish   order the k candidates, apply the ReLU
 Exact for any input: a score is dropped only if k candidates at or above it are kept.
 
-BatchTopK, and rules with a threshold: rows have no fixed number of entries, so they are counted before they are
-written.
+BatchTopK, and rules with a threshold: rows have no fixed number of entries, so they are counted before they
+are written.
     tally, merge       count, then write, the entries of a CSR list and of a chunk that pass the cut
     histogram, pick    the K-th largest of both, 8 bits at a time (integer atomics: order doesn't matter)
 """
@@ -25,8 +25,7 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-
-from fastsae.kernels.common import float_of, key_of
+from fastsae.kernels.common import LOWEST, float_of, key_of, kth_largest
 
 __all__ = [
     "CONFIGS",
@@ -44,7 +43,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """Columns looked at together and warps: of append and settle's replay; of the kernels that read a list."""
+    """Columns looked at together, and warps: of append and the replay; of the kernels that read a list."""
 
     block: int = 256
     num_warps: int = 1
@@ -53,8 +52,8 @@ class EncodeConfig:
 
 
 CONFIGS = {(80, 1 << 30): EncodeConfig()}
-"""By (lowest arch, largest width). Not measured yet: one warp a row streams without a barrier, in 96 registers,
-which leaves room for 21 rows an SM, two blocks of 1 KiB each under way (2026-11)."""
+"""By (lowest arch, largest width). Not measured yet: one warp a row streams without a barrier, in 96
+registers, which leaves room for 21 rows an SM, two blocks of 1 KiB each under way (2026-11)."""
 
 
 @triton.jit
@@ -76,32 +75,22 @@ def _allowed(allowed_ptr, column, width, HAS_ALLOWED: tl.constexpr):
 
 
 @triton.jit
-def _kth_largest(key, k):
-    """The k-th largest of int32 keys [L], bit by bit."""
-    best = tl.where(tl.sum((key >= 0).to(tl.int32)) >= k, 0, -(2**31)).to(tl.int32)
-    for i in range(31):
-        trial = best + (1 << (30 - i))
-        best = tl.where(tl.sum((key >= trial).to(tl.int32)) >= k, trial, best)
-    return best
-
-
-@triton.jit
 def seed(
     scores_ptr, bias_ptr, allowed_ptr, n_allowed_ptr, tau_ptr, width, K,
     HAS_BIAS: tl.constexpr, HAS_ALLOWED: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """tau[n] just below the K-th largest of the LANES maxima over columns equal mod LANES: K scores exceed it."""
+    """tau[n] just below the K-th largest of LANES maxima, over columns equal mod LANES."""
     pid_n = tl.program_id(0).to(tl.int64)
     if HAS_ALLOWED:
         if tl.load(n_allowed_ptr) == 0:
             return
     offs = tl.arange(0, LANES)
-    best = tl.full([LANES], -(2**31), tl.int32)
+    best = tl.full([LANES], LOWEST, tl.int32)
     for lo in range(0, width, LANES):
         column = lo + offs
         key = key_of(_scores(scores_ptr, bias_ptr, pid_n * width, column, width, HAS_BIAS))
-        best = tl.maximum(best, tl.where(_allowed(allowed_ptr, column, width, HAS_ALLOWED), key, -(2**31)))
-    kth = _kth_largest(best, K)
+        best = tl.maximum(best, tl.where(_allowed(allowed_ptr, column, width, HAS_ALLOWED), key, LOWEST))
+    kth = kth_largest(best, K)
     # the next float down; below 0 it isn't -0. One below the lowest key wraps round, or lies below -Inf: NaN
     # either way, which every score passes
     tl.store(tau_ptr + pid_n, float_of(kth - 1 - (kth == 0).to(tl.int32)))
@@ -141,8 +130,8 @@ def _tighten(val_ptr, idx_ptr, row, count, K, CAPACITY: tl.constexpr):
     offs = tl.arange(0, CAPACITY)
     mask = offs < count
     value = tl.load(val_ptr + row + offs, mask=mask, other=0)
-    key = tl.where(mask, key_of(value), -(2**31))
-    kth = _kth_largest(key, K)
+    key = tl.where(mask, key_of(value), LOWEST)
+    kth = kth_largest(key, K)
     index = tl.load(idx_ptr + row + offs, mask=mask, other=0)
     equal = mask & (key == kth)
     above = mask & (key > kth)
@@ -257,8 +246,8 @@ def merge(
     scores_ptr, bias_ptr, cut_ptr, list_ptr, list_idx_ptr, starts_ptr, allowance_ptr, base_ptr, out_val_ptr,
     out_idx_ptr, row_lo, n_rows, lo, width, cut_stride, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write what :func:`tally` counted from place base[n] on: the list's entries, then the chunk's, which have
-    the higher columns; of those equal to the cut only the first allowance[n]."""
+    """Write what :func:`tally` counted from place base[n] on: the list's entries, then the chunk's, whose
+    columns are higher; of those equal to the cut only the first allowance[n]."""
     pid_n = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     base, allowance = tl.load(base_ptr + pid_n), tl.load(allowance_ptr + pid_n)
@@ -297,7 +286,7 @@ def histogram(
     scores_ptr, bias_ptr, proceed_ptr, list_ptr, starts_ptr, prefix_ptr, counts_ptr, row_lo, n_rows, width,
     shift, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add to counts[256] the digits (bits shift .. shift + 7) of the keys whose higher bits equal the prefix's.
+    """Add to counts[256] the digits (bits shift .. shift + 7) of the keys whose higher bits are the prefix's.
 
     Keys are shifted to unsigned order and held in int64. Every entry of the list and of the chunk counts.
     """

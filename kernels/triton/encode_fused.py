@@ -20,14 +20,13 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from fastsae.kernels.common import float_of, key_of
+from fastsae.kernels.common import LOWEST, float_of, key_of, kth_largest
 
 __all__ = [
     "FILTER", "FILTER_FP32", "GROUP", "RESCUE", "RESCUE_M", "FilterConfig", "RescueConfig",
     "filter_scores", "finish", "rescue", "sample_cut", "settle",
 ]  # fmt: skip
 
-LOWEST = tl.constexpr(-(2**31))  # below every key
 LARGEST_KEY = tl.constexpr(2139095039)  # of the largest finite number
 GROUP = tl.constexpr(8)  # scores that are listed together
 
@@ -81,19 +80,9 @@ def _column_of(packed):
 
 
 @triton.jit
-def _kth_key(keys, K):
-    """The K-th largest of the int32 ``keys``, bit by bit; LOWEST where fewer than K are above LOWEST."""
-    cut = tl.where(tl.sum((keys >= 0).to(tl.int32), 0) >= K, 0, LOWEST)
-    for bit in range(31):
-        trial = cut | (1 << (30 - bit))
-        cut = tl.where(tl.sum((keys >= trial).to(tl.int32), 0) >= K, trial, cut)
-    return cut
-
-
-@triton.jit
 def _cut_of(keys, columns, K):
     """(key, column) of the K-th best candidate, by key descending, then column; empty places hold LOWEST."""
-    key = _kth_key(keys, K)
+    key = kth_largest(keys, K)
     ties = keys == key
     need = K - tl.sum((keys > key).to(tl.int32), 0)
     column = tl.full([], 0x7FFFFFFF, tl.int32)
@@ -148,7 +137,7 @@ def sample_cut(
         if HAS_BIAS:
             score += tl.load(b_ptr + offs_s.to(tl.int64) * stride_b, mask=mask_s, other=0.0).to(tl.float32)
         best = tl.maximum(best, tl.where(mask_s, key_of(score), LOWEST))
-    key = _kth_key(best, J)
+    key = kth_largest(best, J)
     tl.store(tau_ptr + row, float_of(tl.minimum(key, LARGEST_KEY)))
 
 

@@ -1,7 +1,8 @@
 """Launchers of the Triton kernels: they allocate, choose configs and launch; checks are the callers'.
 
-Runs on CUDA tensors in fp32, bf16 and fp16 (in Triton's interpreter on CPU tensors, for tests). Only ``encode``
-under the rule "threshold" makes the host wait, so that a TopK or BatchTopK step can be captured in a CUDA graph.
+Runs on CUDA tensors in fp32, bf16 and fp16 (in Triton's interpreter on CPU tensors, for tests). Only
+``encode`` under the rule "threshold" makes the host wait, so that a TopK or BatchTopK step can be captured in
+a CUDA graph.
 """
 
 from fastsae.backends.torch import transpose

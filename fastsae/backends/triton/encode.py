@@ -1,16 +1,16 @@
-"""encode: a GEMM into a bounded buffer of scores, chunk by chunk, and kernels that keep what may be selected."""
+"""encode: a GEMM into a bounded buffer of scores, chunk by chunk, and kernels that keep what may count."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from fastsae.backends.triton.support import architecture, launch
+from fastsae.backends.triton.encode_fused import encode_topk_fused
+from fastsae.backends.triton.support import architecture, launch, score
 from fastsae.checks import reject
 from fastsae.kernels import encode as kernels
 from fastsae.kernels.common import choose
@@ -25,6 +25,9 @@ MAX_K = 1024
 """Entries per token that can be put in order."""
 MAX_K_DEAD = 4096
 """Entries per token of AuxK's list, which stays in the order of latents."""
+FUSED: dict[int, tuple[int, int]] = {}
+"""Where TopK takes :func:`encode_topk_fused`: by architecture, the widest D and the fewest latents at which
+benchmarks/results show it faster. Not yet measured anywhere."""
 MAX_LANES = 4096
 """Column maxima that a row's first threshold is made of, at most."""
 
@@ -42,10 +45,17 @@ def encode(
 
     k <= 1024. The host waits for the device under the rule "threshold" only, to learn how many scores pass.
     """
+    if rule == "topk" and subset is None and _fused_is_faster(x, W_enc):
+        return encode_topk_fused(x, W_enc, b_enc, k)
     chosen = _list(x, W_enc, subset, threshold, rule, k)
     for chunk in _chunks(x, W_enc, b_enc, subset):
         chosen.add(chunk)
     return chosen.finish()
+
+
+def _fused_is_faster(x: Tensor, W: Tensor) -> bool:
+    width, latents = FUSED.get(architecture(x.device), (0, 0))
+    return x.shape[1] <= width and len(W) >= latents
 
 
 def encode_dead(
@@ -95,30 +105,9 @@ def _chunks(x: Tensor, W: Tensor, b: Tensor | None, subset: Tensor | None) -> It
             end = min(column + width, m)
             latents = slice(column, end) if subset is None else subset[column:end]
             scores = buffer[: len(part) * (end - column)].view(len(part), end - column)
-            _score(part, W[latents], scores)
+            score(part, W[latents], scores)
             bias = None if b is None else b[latents]
             yield _Chunk(scores, bias, row, column, last=end == m and row + n >= len(x))
-
-
-@torch.no_grad()
-def _score(x: Tensor, W: Tensor, out: Tensor) -> None:
-    """out = x W^T, summed in fp32 and not rounded to less."""
-    if x.device.type == "cuda" and x.dtype != torch.float32:
-        torch.mm(x, W.T, out_dtype=torch.float32, out=out)
-    else:
-        with _true_fp32():
-            torch.mm(x.float(), W.float().T, out=out)
-
-
-@contextmanager
-def _true_fp32() -> Iterator[None]:
-    """No TF32, whatever the user allows elsewhere."""
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def _list(x, W, subset, threshold, rule, k) -> _TopList | _BatchList | _ThresholdList:
@@ -216,7 +205,7 @@ def _list_options(like: Tensor, bias: Tensor | None) -> dict[str, int]:
 
 
 class _BatchList:
-    """The ``keep`` best scores of all tokens, ties by (token, column), as a CSR list that each chunk rewrites."""
+    """The ``keep`` best scores of all tokens, ties by (token, column), in a list that each chunk rewrites."""
 
     def __init__(self, x: Tensor, W: Tensor, subset: Tensor | None, keep: int) -> None:
         self.keep, self.dtype, self.subset = keep, W.dtype, subset

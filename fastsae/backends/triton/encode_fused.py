@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastsae.backends.triton.support import architecture, launch
+from fastsae.backends.triton.support import architecture, launch, score
 from fastsae.kernels import encode_fused as kernels
 from fastsae.kernels.common import choose
 
@@ -116,18 +116,13 @@ def _thresholds(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, plan: Plan) -> T
     lanes = min(triton.next_power_of_2(size), max(1024, triton.next_power_of_2(8 * plan.place)))
     rows = max(SAMPLED // size, 1)
     for part, cut in zip(x.split(rows), tau.split(rows), strict=True):
+        scores = torch.empty(len(part), size, dtype=torch.float32, device=x.device)
+        score(part, sample, scores)
         launch(
-            kernels.sample_cut, (part.shape[0],), _scores(part, sample), bias, cut, size, plan.stride,
+            kernels.sample_cut, (part.shape[0],), scores, bias, cut, size, plan.stride,
             plan.place, HAS_BIAS=b_enc is not None, BLOCK_S=lanes, num_warps=min(max(lanes // 256, 1), 8),
         )  # fmt: skip
     return tau
-
-
-def _scores(x: Tensor, W: Tensor) -> Tensor:
-    """x W^T in fp32, of which neither factor is copied on a GPU."""
-    if x.is_cuda and x.dtype != torch.float32:
-        return torch.mm(x, W.T, out_dtype=torch.float32)
-    return torch.mm(x.float(), W.float().T)
 
 
 class Plan(NamedTuple):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -13,17 +14,17 @@ from torch import Tensor
 
 from fastsae.kernels.common import choose
 
-__all__ = ["WITHOUT_GPU", "architecture", "interpreting", "launch", "tuned"]
+__all__ = ["WITHOUT_GPU", "architecture", "interpreting", "launch", "score", "true_fp32", "tuned"]
 
 Config = TypeVar("Config")
 Result = TypeVar("Result")
 
 WITHOUT_GPU = 90
-"""The architecture taken for tensors that aren't on a GPU; ``fastsae.benchmarks compile`` sets it to others."""
+"""The architecture of tensors that aren't on a GPU; ``fastsae.benchmarks compile`` sets it to others."""
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when they were imported): on a CPU."""
+    """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when they were imported)."""
     return triton.knobs.runtime.interpret
 
 
@@ -39,7 +40,7 @@ def _capability(device: torch.device) -> int:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int = 1, **constants):
-    """Run ``kernel`` on ``grid`` programs, on the device of its first tensor; nothing where the grid is empty."""
+    """Run ``kernel`` on ``grid`` programs, on the device of its first tensor; not if there are none."""
     if 0 in grid:
         return
     flat = [t for a in args for t in (a if isinstance(a, tuple) else (a,)) if isinstance(t, Tensor)]
@@ -51,6 +52,27 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_s
             kernel[grid](*args, **constants, **options)
     else:
         kernel[grid](*args, **constants, **options)
+
+
+@torch.no_grad()
+def score(x: Tensor, W: Tensor, out: Tensor) -> None:
+    """out = x W^T in fp32, summed in fp32; neither factor is copied on a GPU."""
+    if x.device.type == "cuda" and x.dtype != torch.float32:
+        torch.mm(x, W.T, out_dtype=torch.float32, out=out)
+    else:
+        with true_fp32():
+            torch.mm(x.float(), W.float().T, out=out)
+
+
+@contextmanager
+def true_fp32() -> Iterator[None]:
+    """No TF32, whatever the user allows elsewhere."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 _FASTEST: dict[tuple, Any] = {}

@@ -36,8 +36,10 @@ format: $(INSTALLED_DEV) ## rewrite the sources in the house format
 bench: $(INSTALLED) ## run the quick benchmarks
 	$(BIN)/python -m fastsae.benchmarks
 
-bench-gpu: $(INSTALLED) ## run the GPU benchmarks
-	$(BIN)/python -m fastsae.benchmarks --suite gpu
+# Without .venv: the Python given, with what it has. It takes torch, triton, numpy, pytest and, from this folder,
+# `pip install --no-deps --no-build-isolation -e .`, which needs no network.
+bench-gpu: ## measure on a CUDA GPU in under ten minutes: .venv, or make bench-gpu PYTHON=...
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m fastsae.benchmarks --suite gpu
 
 clean: ## remove the environment and everything built; results in runs/ stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks fastsae/_cuda*.so

@@ -1,4 +1,4 @@
-"""Timing and memory: contestants interleaved in one process, medians; peak memory in a process of its own."""
+"""Timing and memory: contestants interleaved in one process; a CPU's peak memory in a process of its own."""
 
 from __future__ import annotations
 
@@ -10,30 +10,91 @@ import subprocess
 import time
 from collections.abc import Callable, Hashable, Iterator
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 Key = TypeVar("Key", bound=Hashable)
 
-__all__ = ["describe_machine", "interleaved", "peak_mib"]
+__all__ = [
+    "Shape",
+    "describe_machine",
+    "device_peak_mib",
+    "interleaved",
+    "peak_mib",
+    "quantiles",
+    "stopwatch",
+]
+
+
+class Shape(NamedTuple):
+    """Tokens, input width, latents, active latents per token."""
+
+    N: int
+    D: int
+    M: int
+    k: int
+
+
+FLUSH_BYTES = 2**28
+"""Written between calls on a GPU: several times the largest L2."""
 
 
 def interleaved(
-    contestants: dict[Key, Callable[[], Any]], repeats: int, warmup: int = 2
+    contestants: dict[Key, Callable[[], Any]], repeats: int, warmup: int = 2, device: str = "cpu"
 ) -> dict[Key, list[float]]:
     """Milliseconds of each call, sorted: a round runs each contestant once, so drift hits all alike."""
     times: dict[Key, list[float]] = {name: [] for name in contestants}
+    milliseconds = stopwatch(device)
     for i in range(warmup + repeats):
         for name, call in contestants.items():
-            _wait()
-            start = time.perf_counter()
-            call()
-            _wait()
+            ms = milliseconds(call)
             if i >= warmup:
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(ms)
     return {name: sorted(t) for name, t in times.items()}
+
+
+def stopwatch(device: str) -> Callable[[Callable[[], Any]], float]:
+    """A function that gives the milliseconds of one call: wall clock on a CPU; on a GPU the time between two
+    events, with an L2 that holds nothing of use."""
+    if device != "cuda":
+        return _wall_ms
+    waste = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def event_ms(call: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        waste.zero_()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+
+    return event_ms
+
+
+def _wall_ms(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def quantiles(ms: list[float]) -> dict[str, float]:
+    """The 20th, 50th and 80th percentile of sorted times, by the names of a row."""
+    return {f"p{q}_ms": ms[round(q / 100 * (len(ms) - 1))] for q in (20, 50, 80)}
+
+
+def device_peak_mib(call: Callable[[], Any], device: str) -> float | None:
+    """MiB by which a GPU's allocated memory rises at most during one call; None on a CPU (see peak_mib)."""
+    if device != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def peak_mib(prepare: Callable[[], Callable[[], Any]], repeats: int = 3) -> float:
@@ -78,11 +139,6 @@ def _status(field: str) -> int:
     )
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def describe_machine() -> dict[str, Any]:
     """What a figure depends on: processor, GPU, threads, versions, commit, time."""
     return {
@@ -93,11 +149,20 @@ def describe_machine() -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "python": platform.python_version(),
             "torch": torch.__version__,
+            "triton": _version("triton"),
+            "cuda": torch.version.cuda,
         },
         "commit": (_git("rev-parse", "HEAD") or "unknown")
         + ("-dirty" if _git("status", "--porcelain") else ""),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu_names() -> Iterator[str]:

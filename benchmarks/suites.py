@@ -1,4 +1,4 @@
-"""The cases of each suite, as rows of the benchmark schema."""
+"""The CPU suite, as rows of the benchmark schema."""
 
 from __future__ import annotations
 
@@ -10,37 +10,33 @@ import torch
 
 from fastsae import SAE, SAEConfig, TopK
 from fastsae.backends import torch as portable
-from fastsae.benchmarks.measure import interleaved, peak_mib
-from fastsae.checks import reject
+from fastsae.benchmarks.measure import interleaved, peak_mib, quantiles
 from fastsae.optim import RowAdam
 from fastsae.training import train_step
 
 __all__ = ["SUITES", "run_suite"]
 
 CPU_SHAPES = [{"N": 1024, "D": 384, "M": 16_384, "k": 32}, {"N": 1024, "D": 384, "M": 65_536, "k": 32}]
-GPU_SHAPES = [{"N": 8192, "D": 768, "M": 131_072, "k": 64}, {"N": 8192, "D": 4096, "M": 131_072, "k": 64}]
-SUITES = {"quick": (CPU_SHAPES, "cpu", 9), "gpu": (GPU_SHAPES, "cuda", 20)}
+SUITES = {"quick": (CPU_SHAPES, 9)}
 
 
 def run_suite(name: str, say: Callable[[dict], None]) -> list[dict[str, Any]]:
-    """All rows of the suite, each also handed to ``say``. Raises ValueError without the device it needs."""
-    shapes, device, repeats = SUITES[name]
-    if device == "cuda" and not torch.cuda.is_available():
-        reject("suite", f"{name!r} on a machine without a CUDA device", "'quick'")
+    """All rows of the suite, each also handed to ``say``."""
+    shapes, repeats = SUITES[name]
     rows = []
     for shape in shapes:
-        for row in _rows(shape, device, repeats):
+        for row in _rows(shape, repeats):
             rows.append(row)
             say(row)
     return rows
 
 
 @torch.no_grad()
-def _rows(shape: dict[str, int], device: str, repeats: int) -> list[dict[str, Any]]:
+def _rows(shape: dict[str, int], repeats: int) -> list[dict[str, Any]]:
     n, m, d = (shape[name] for name in "NMD")
-    sae, x, step = _prepare(shape, device)
+    sae, x, step = _prepare(shape)
     _check(sae, x)
-    out = torch.empty(n, m, device=device)
+    out = torch.empty(n, m)
     times = interleaved(
         {
             ("gemm", "addmm"): partial(torch.addmm, sae.b_enc, x, sae.W_enc.T, out=out),
@@ -53,25 +49,26 @@ def _rows(shape: dict[str, int], device: str, repeats: int) -> list[dict[str, An
     del out
     rows = []
     for (op, backend), ms in times.items():
-        p20, p50, p80 = (ms[round(q * (len(ms) - 1))] for q in (0.2, 0.5, 0.8))
-        peak = peak_mib(partial(_step_alone, shape, device)) if op == "step" and device == "cpu" else None
+        p50 = quantiles(ms)["p50_ms"]
+        peak = peak_mib(partial(_step_alone, shape)) if op == "step" else None
         note = (
             "the scores alone, in the blocks that encode uses" if (op, backend) == ("gemm", "torch") else ""
         )
         rows.append(
             {"op": op, "backend": backend, **shape, "dtype": "float32", "format": "float32/float32"}
-            | {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "peak_mib": peak}
+            | quantiles(ms)
+            | {"peak_mib": peak}
             | {"tflops": 2 * n * m * d / p50 / 1e9, "tb_s": None}
-            | {"ratio_to_gemm": p50 / times["gemm", "addmm"][round(0.5 * (repeats - 1))], "note": note}
+            | {"ratio_to_gemm": p50 / quantiles(times["gemm", "addmm"])["p50_ms"], "note": note}
         )
     return rows
 
 
-def _prepare(shape: dict[str, int], device: str):
+def _prepare(shape: dict[str, int]):
     torch.manual_seed(0)
-    sae = SAE(SAEConfig(shape["D"], shape["M"], TopK(shape["k"])), device=device)
+    sae = SAE(SAEConfig(shape["D"], shape["M"], TopK(shape["k"])))
     opt = RowAdam(sae, lr=1e-4)
-    batches = [torch.randn(shape["N"], shape["D"], device=device) for _ in range(4)]
+    batches = [torch.randn(shape["N"], shape["D"]) for _ in range(4)]
     turn = iter(range(10**9))
 
     def step() -> None:
@@ -80,8 +77,8 @@ def _prepare(shape: dict[str, int], device: str):
     return sae, batches[0], step
 
 
-def _step_alone(shape: dict[str, int], device: str) -> Callable[[], None]:
-    return _prepare(shape, device)[2]
+def _step_alone(shape: dict[str, int]) -> Callable[[], None]:
+    return _prepare(shape)[2]
 
 
 def _check(sae: SAE, x: torch.Tensor) -> None:

@@ -1,4 +1,8 @@
-"""Files: written whole or not at all, read with every doubt named. No pickle."""
+"""Files: written whole or not at all, read with every doubt named. No pickle.
+
+Here and in the modules above, what only files and progress bars need is imported when used: the operators
+and the training step run where there is torch and no more.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastsae.checks import BadValue, reject
@@ -36,6 +38,8 @@ def write_json(path: Path, data: Any) -> None:
 
 def write_dictionary(folder: Path, config: SAEConfig, tensors: dict[str, Tensor]) -> None:
     """Write config.json and model.safetensors: both whole on disk before either takes its place."""
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": _FORMAT, **config.to_dict()}, indent=2) + "\n"
     with _staged(folder / WEIGHTS_FILE) as weights, _staged(folder / CONFIG_FILE) as description:
@@ -45,6 +49,8 @@ def write_dictionary(folder: Path, config: SAEConfig, tensors: dict[str, Tensor]
 
 def read_dictionary(folder: Path) -> tuple[SAEConfig, dict[str, Tensor]]:
     """Read what :func:`write_dictionary` wrote. Raises ValueError at missing, damaged or foreign files."""
+    from safetensors import SafetensorError, safe_open
+
     path = folder / CONFIG_FILE
     try:
         data = json.loads(path.read_text())

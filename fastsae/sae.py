@@ -191,9 +191,8 @@ class SAE(nn.Module):
             included
 
         AuxK works on the latents that were dead before this batch. In ``train()`` mode also counts which
-        latents fired and moves BatchTopK's threshold. "scalar"
-        normalisation that is still unset is estimated from ``x`` (see :meth:`calibrate_`, which takes a
-        better sample).
+        latents fired and moves BatchTopK's threshold. "scalar" normalisation that is still unset is estimated
+        from ``x`` (see :meth:`calibrate_`, which takes a better sample).
         """
         self.check_batch(x, target)
         if self.training:
@@ -201,7 +200,7 @@ class SAE(nn.Module):
         normalised = self.normalise(x)
         code, encoder_input = self.encode_normalised(*normalised)
         x_hat = F.decode(code, self.W_dec, self.b_dec, **self._options())
-        dead = self.dead_latents() if "auxk" in (t.name for t in self.config.losses) else None
+        dead = self.dead_mask()
         if self.training:
             self.count_firing_(code)
         flat_hat = x_hat.reshape(-1, x_hat.shape[-1])
@@ -212,7 +211,7 @@ class SAE(nn.Module):
                 terms[term.name] = losses.auxk(
                     upcast(flat_target) - upcast(flat_hat.detach()),
                     encoder_input.reshape(-1, self.config.d_in),
-                    dead,
+                    dead.nonzero().flatten(),
                     self.W_enc,
                     self.b_enc,
                     self.W_dec,

@@ -193,7 +193,7 @@ def row_update(
     step, size, floor, proceed = clock.tolist()
     if not proceed:
         return
-    index = slice(None)
+    index: Tensor | slice = slice(None)
     if rows is not None:
         index = rows[used := rows < weight.shape[0]]
         grad = None if grad is None else grad[used]
@@ -269,11 +269,11 @@ def row_step(
         ((W_enc, enc_state, d_enc), (b_enc[:, None], bias_state, d_bias[:, None]), (W_dec, dec_state, d_dec))
     ):
         if state:
-            touched = None if every_row[i] else live
-            moments = (t.view(weight.shape) for t in state[:2])
+            m, v = (t.view(weight.shape) for t in state[:2])
+            touched, its_grad = (None, grad) if every_row[i] else (live, grad[live])
             row_update(
-                weight, *moments, state[2], touched, grad if touched is None else grad[live], coasts[i],
-                clocks[i], *betas[2 * i : 2 * i + 2], eps[i], unit_norm and i == 2,
+                weight, m, v, state[2], touched, its_grad, coasts[i], clocks[i], betas[2 * i],
+                betas[2 * i + 1], eps[i], unit_norm and i == 2,
             )  # fmt: skip
     return pull
 

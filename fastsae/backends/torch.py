@@ -9,6 +9,7 @@ that passes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -444,19 +445,19 @@ def row_step(
     )):  # fmt: skip
         if state:
             tensors = [weight, *(t.view(weight.shape) for t in state[:2]), state[2]]
-            adam = coasts[i], clocks[i], *betas[2 * i : 2 * i + 2], eps[i], unit_norm and i == 2
+            adam = coasts[i], clocks[i], betas[2 * i], betas[2 * i + 1], eps[i], unit_norm and i == 2
             _update_blocks(tensors, latents, grad, every_row[i], adam)
     return pull
 
 
-def _update_blocks(tensors, latents, grad, every_row, adam) -> None:
+def _update_blocks(tensors: Any, latents: Tensor, grad: Callable, every_row: bool, adam: Any) -> None:
     """Update the rows ``latents`` (or all), a block at a time, by what ``grad(lo, hi)`` makes."""
-    weight = tensors[0]
+    weight, exp_avg, exp_avg_sq, last_step = tensors
     size = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
     if not every_row:
         for lo in range(0, len(latents), size):
             rows = latents[lo : lo + size]
-            row_update(*tensors, rows, grad(lo, lo + len(rows)), *adam)
+            row_update(weight, exp_avg, exp_avg_sq, last_step, rows, grad(lo, lo + len(rows)), *adam)
         return
     for lo in range(0, len(weight), size):
         hi = min(lo + size, len(weight))
@@ -464,7 +465,8 @@ def _update_blocks(tensors, latents, grad, every_row, adam) -> None:
         block = torch.zeros(hi - lo, weight.shape[1], dtype=upcast(weight[:0]).dtype, device=weight.device)
         if last > first:
             block[latents[first:last] - lo] = grad(first, last).to(block.dtype)
-        row_update(*(t[lo:hi] for t in tensors), None, block, *adam)
+        w, m, v, last = (t[lo:hi] for t in tensors)
+        row_update(w, m, v, last, None, block, *adam)
 
 
 def _coast_(w, m, v, missed, last, coast, beta1, beta2, eps) -> None:

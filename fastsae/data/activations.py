@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from fastsae.checks import BadValue, FastSAEError, check_number, check_type, reject
 from fastsae.data.text import Texts
@@ -68,6 +66,7 @@ def load_model(model: str | Path) -> tuple[nn.Module, Any]:
         FastSAEError: the model can't be found or loaded, or the package behind ``"minilm"`` is missing.
     """
     folder = model_folder(model)
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.utils import logging
@@ -171,6 +170,8 @@ class ModelActivations:
             raise BadValue(
                 "texts: got an iterator that is used up, expected a list or a source that can be read again"
             )
+        from tqdm.auto import tqdm
+
         self._started = True
         skip, self._skip = self._skip, 0
         self._tokens = self._batches = 0

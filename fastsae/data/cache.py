@@ -8,7 +8,6 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
-import platformdirs
 import torch
 
 from fastsae.checks import BadValue, FastSAEError, check_choice, check_number, check_type
@@ -116,6 +115,8 @@ def _find(directory: Path, n_tokens: int | None) -> ActivationStore | None:
 def _cache_root(cache_dir: str | Path | None) -> Path:
     if cache_dir is not None:
         return Path(cache_dir).expanduser().absolute()
+    import platformdirs
+
     return Path(platformdirs.user_cache_dir("fastsae")) / "activations"
 
 

@@ -8,16 +8,18 @@ import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fastsae.checks import BadType, BadValue, check_choice, check_number, check_type, reject
 from fastsae.data.activations import Activations
 from fastsae.data.tensorfile import TensorWriter, map_tensors
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 __all__ = ["ActivationStore", "collect", "fetch_rows", "lock", "open_activations", "write_store"]
 
@@ -251,6 +253,8 @@ def _write_data(chunks: Iterable[Activations | Tensor], folder: Path, dtype: str
 
 def lock(directory: Path, timeout: float = -1) -> FileLock:
     """Return the lock of ``directory``, a file beside it; the system frees it when the process dies."""
+    from filelock import FileLock
+
     return FileLock(directory.with_name(f".{directory.name}.lock"), timeout)
 
 
@@ -271,6 +275,8 @@ def _rename(partial: Path, directory: Path) -> None:
 
 def _sweep(directory: Path) -> None:
     """Remove the leftovers of dead runs beside ``directory``, whose own lock we hold."""
+    from filelock import Timeout
+
     for own in (_partial(directory), _old(directory)):
         shutil.rmtree(own, ignore_errors=True)
     for left in directory.parent.glob(f".*{_PARTIAL}*"):

@@ -197,7 +197,8 @@ class RowAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["mode"] == "deferred":
                 clock = self._clocks[id(group)]
-                group["coast"] = _extend_coast(group["coast"], clock, *group["betas"], group["eps"])
+                beta1, beta2 = group["betas"]
+                group["coast"] = _extend_coast(group["coast"], clock, beta1, beta2, group["eps"])
 
     def row_arguments(self, params: Iterable[Tensor]) -> dict[str, list]:
         """What ``torch.ops.fastsae.row_step`` must know of ``params``, by the names of its arguments."""
@@ -343,7 +344,7 @@ def _extend_coast(coast: Tensor | None, clock: Tensor, beta1: float, beta2: floa
     if coast is None:
         coast = clock.new_zeros(256 if _on_host(clock) else GPU_STEPS)
     r = beta1 / math.sqrt(beta2) if beta2 else 0.0
-    reach = math.inf if r else 0
+    reach: float = math.inf if r else 0
     if 0 < r < 1:
         reach = min(reach, math.ceil(math.log(_EPSILON) / math.log(r)))
     if r and 0 < eps < 1:
@@ -353,7 +354,7 @@ def _extend_coast(coast: Tensor | None, clock: Tensor, beta1: float, beta2: floa
         last = int(clock[0])
         if last >= len(coast):
             coast = torch.nn.functional.pad(coast, (0, 2 * last - len(coast)))
-        first = max(0, last - reach) if reach < last else 0
+        first = last - int(min(reach, last))
     age = clock[0] - torch.arange(first, last, dtype=torch.float64, device=clock.device)
     owed = torch.where((age >= 1) & (age <= reach), r**age, 0)
     coast[first:last] += clock[1] * clock[3] * owed

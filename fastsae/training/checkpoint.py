@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastsae.checks import BadValue, reject
@@ -34,6 +32,8 @@ def save_checkpoint(folder: Path, step: int, tree: dict[str, Any], keep: int = 2
     Args:
         tree: nested dicts, lists and tuples (read back as lists) of tensors, numbers, strings and None.
     """
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".*.tmp"):  # of a run that was killed while writing
         shutil.rmtree(leftover)
@@ -65,6 +65,9 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read what :func:`save_checkpoint` wrote, on the CPU. Raises ValueError at a damaged checkpoint."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         return _unflatten(json.loads((path / _PLAIN).read_text()), load_file(path / _TENSORS))
     except (OSError, ValueError, KeyError, SafetensorError) as error:

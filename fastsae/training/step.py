@@ -168,50 +168,67 @@ def _forward(sae: SAE, x: Tensor, target: Tensor | None, multipliers: dict[str, 
     target = sae.normalise_target(target, *normalised).reshape(-1, config.d_out).contiguous()
     x = normalised[0] - sae.b_dec if config.subtract_b_dec else normalised[0]
     x = x.reshape(-1, config.d_in).contiguous()
-    rule, threshold = F.selection(config.activation, sae.threshold_in_use(), sae.W_enc)
-    operands, k = (x, sae.W_enc, sae.b_enc, threshold), getattr(config.activation, "k", 0)
     auxk = next((term for term in config.losses if isinstance(term, AuxK)), None)
-    if auxk is None:
-        stored, second = _ops.encode(*operands, None, rule, k, backend), None
-    else:
-        dead, k_aux = sae.dead_mask(), auxk.resolve_k(config.d_in)
-        both = _ops.encode_dead(*operands, dead, rule, k, k_aux, backend)
-        stored, second = both[:3], both[3:]
-    code = SparseCode(*stored, config.n_latents)
+    dead = None if auxk is None else sae.dead_mask()
+    code, second = _encode(sae, x, dead, 0 if auxk is None else auxk.resolve_k(config.d_in), backend)
+    stored = code.values, code.indices, code.offsets
 
     error, squares = _ops.decode_error(*stored, sae.W_dec, sae.b_dec, target, backend)
     unit = losses.error_scale(target, config.reconstruction)
     weight = multipliers["reconstruction"] * unit
     total = squares.sum()
+    fvu = total * (unit if config.reconstruction == "fvu" else losses.error_scale(target, "fvu"))
     forward = _Forward(
-        code, *stored, x, error, (2 * weight).repeat(len(x)), squares,
-        terms={"reconstruction": weight * total},
-        fvu=total * (unit if config.reconstruction == "fvu" else losses.error_scale(target, "fvu")),
+        code, code.values, code.indices, code.offsets, x, error, (2 * weight).repeat(len(x)), squares,
+        {"reconstruction": weight * total}, fvu,
     )  # fmt: skip
     for term in config.losses:
         if isinstance(term, DecoderNormL1):
             forward.l1 = multipliers[term.name] * term.coefficient / len(x)
             norms = losses.decoder_norm_l1(code, sae.W_dec, term.coefficient)
             forward.terms[term.name] = multipliers[term.name] * norms
-        elif second is not None:
-            share = (dead.sum() / k_aux).clamp_max(1)
+        elif dead is not None:
+            share = (dead.sum() / term.resolve_k(config.d_in)).clamp_max(1)
             factor = multipliers[term.name] * unit * term.coefficient * share
             forward.terms[term.name] = _append_auxk(forward, second, sae, factor, backend)
     return forward
 
 
-def _append_auxk(forward: _Forward, second: tuple, sae: SAE, factor: Tensor, backend: str) -> Tensor:
+def _encode(
+    sae: SAE, x: Tensor, dead: Tensor | None, k_aux: int, backend: str
+) -> tuple[SparseCode, tuple[Tensor, ...]]:
+    """The code of x, and with ``dead`` its code over these; of neither is there more than is stored, but for
+    the second one's where the host mustn't wait to learn its length (Triton)."""
+    rule, threshold = F.selection(sae.config.activation, sae.threshold_in_use(), sae.W_enc)
+    k = getattr(sae.config.activation, "k", 0)
+    if dead is None:
+        stored = _ops.encode(x, sae.W_enc, sae.b_enc, threshold, None, rule, k, backend)
+        return SparseCode(stored[0], stored[1], stored[2], sae.config.n_latents), ()
+    both = _ops.encode_dead(x, sae.W_enc, sae.b_enc, threshold, dead, rule, k, k_aux, backend)
+    first, second = both[:3], both[3:]
+    if rule == "threshold":
+        first = _trimmed(*first)
+    if backend != "triton":
+        second = _trimmed(*second)
+    return SparseCode(first[0], first[1], first[2], sae.config.n_latents), second
+
+
+def _trimmed(values: Tensor, indices: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    stored = int(offsets[-1])
+    return values[:stored], indices[:stored], offsets
+
+
+def _append_auxk(
+    forward: _Forward, second: tuple[Tensor, ...], sae: SAE, factor: Tensor, backend: str
+) -> Tensor:
     """Append AuxK's rows to ``forward``; return the term. See :func:`fastsae.losses.auxk`."""
-    values, indices, offsets = forward.values, forward.indices, forward.offsets
-    if forward.code.n_tokens * getattr(sae.config.activation, "k", 0) != len(values):
-        values, indices = (t[: int(offsets[-1])] for t in (values, indices))  # AuxK's follow what is stored
-    if backend != "triton":  # there the host mustn't wait; here it is spared work on places not used
-        second = tuple(t[: int(second[2][-1])] for t in second[:2]) + second[2:]
-        if not len(second[0]):
-            return torch.zeros_like(factor)
+    values, indices, offsets = second
+    if not len(values):
+        return torch.zeros_like(factor)
     missed, squares = _ops.decode_error(*second, sae.W_dec, None, -forward.error, backend)
-    forward.values, forward.indices = torch.cat([values, second[0]]), torch.cat([indices, second[1]])
-    forward.offsets = torch.cat([offsets, offsets[-1] + second[2][1:]])
+    forward.values = torch.cat([forward.values, values])
+    forward.indices = torch.cat([forward.indices, indices])
+    forward.offsets = torch.cat([forward.offsets, forward.offsets[-1] + offsets[1:]])
     forward.error = torch.cat([forward.error, missed])
     forward.scale = torch.cat([forward.scale, (2 * factor).repeat(len(missed))])
     forward.squares = torch.cat([forward.squares, squares])

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
-from tqdm import tqdm
 
 from fastsae.checks import FastSAEError, check_choice, check_number, reject
 from fastsae.data import Activations
@@ -157,6 +156,8 @@ class Trainer:
             ValueError: see :meth:`open`.
             NotFinite: a batch held NaN or Inf and ``config.on_nan`` is "stop"; a checkpoint is written first.
         """
+        from tqdm import tqdm
+
         if not self._opened:
             self.open(resume=resume)
         self.stopped, self._signal = False, None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -69,7 +69,7 @@ def _encode_part(
     capacity, block_c = plan.capacity, triton.next_power_of_2(plan.capacity)
     warps = min(max(block_c // 256, 1), 16)
     bias = {"HAS_BIAS": b_enc is not None}
-    precision = {"PRECISION": "ieee" if single else "tf32"}  # of halves there is but one
+    precision: dict[str, Any] = {"PRECISION": "ieee" if single else "tf32"}  # of halves there is but one
     operands = (x, W_enc, W_enc if b_enc is None else b_enc)
 
     tau = _thresholds(x, W_enc, b_enc, plan)

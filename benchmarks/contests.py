@@ -1,0 +1,296 @@
+"""What is measured on a GPU: each operator and the whole step, beside the ways that torch itself has.
+
+A case makes the operands of one shape once and yields its entries: calls that take turns on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from itertools import cycle
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from fastsae import SAE, SAEConfig, TopK
+from fastsae.backends.triton.encode_fused import encode_topk_fused
+from fastsae.benchmarks.checks import check_code, check_operator, check_step
+from fastsae.benchmarks.launches import FUSED_WIDTH
+from fastsae.benchmarks.measure import Shape
+from fastsae.ops import implementation
+from fastsae.optim import RowAdam
+from fastsae.training import train_step
+
+chunked = import_module("fastsae.backends.triton.encode")  # the package's `encode` is the function
+
+__all__ = ["Entry", "backward", "ceilings", "chunks", "decode", "encode", "parts", "step"]
+
+BATCHES = 3
+"""Batches that the calls of an entry take turns on."""
+
+
+@dataclass
+class Entry:
+    """One contestant: what to call, and the arithmetic and the bytes that it can't do without.
+
+    ``check`` takes what a call returned and raises AssertionError where that is wrong. ``needs``: bytes of
+    device memory beyond the operands, where that is much. ``dtype`` overrides the case's.
+    """
+
+    op: str
+    backend: str
+    call: Callable[[], Any]
+    flops: float = 0
+    bytes: float = 0
+    check: Callable[[Any], None] | None = None
+    needs: float = 0
+    note: str = ""
+    dtype: torch.dtype | None = None
+
+
+def ceilings(s: Shape, dtype: torch.dtype, device: str) -> Iterator[Entry]:
+    """What the machine can do: a large copy, a square GEMM, and torch.topk over [N, M] scores."""
+    source = torch.randint(256, (2**32 if device == "cuda" else 2**20,), dtype=torch.uint8, device=device)
+    sink = torch.empty_like(source)
+    yield Entry("copy", "torch", partial(sink.copy_, source), bytes=2 * len(source), note="read + written")
+    a, b = (torch.randn(s.N, s.N, device=device).to(dtype) for _ in range(2))
+    yield Entry("square gemm", "cublas", partial(torch.mm, a, b), flops=2 * s.N**3, note=f"{s.N} cubed")
+    for kind in (dtype, torch.float32):
+        scores = torch.randn(s.N, s.M, device=device).to(kind)
+        size = scores.numel() * scores.element_size()
+        yield Entry("topk", "torch", partial(scores.topk, s.k), bytes=size, dtype=kind)
+
+
+def encode(s: Shape, dtype: torch.dtype, device: str) -> Iterator[Entry]:
+    """Encode with TopK; first the GEMM that every ratio refers to."""
+    W, b = _weights(s, dtype, device), 0.1 * torch.randn(s.M, device=device).to(dtype)
+    batches = _batches(s, dtype, device)
+    half = torch.bfloat16 if dtype == torch.float32 else dtype
+    work = {"flops": 2 * s.N * s.M * s.D, "bytes": (s.M + s.N) * s.D * W.element_size()}
+    W_half, halves = W.to(half), cycle([x.to(half) for x in batches])
+    out = torch.empty(s.N, s.M, dtype=half, device=device)
+    gemm = lambda: torch.mm(next(halves), W_half.T, out=out)  # noqa: E731
+    yield Entry("gemm", "cublas", gemm, **work, dtype=half)
+    for name, run, scratch in (
+        ("triton", implementation("encode", "triton"), 0),
+        ("triton fused", _fused if s.D <= FUSED_WIDTH else None, 0),
+        ("torch", implementation("encode", "torch"), 0),
+        ("cublas + topk", _gemm_and_topk, s.N * s.M * W.element_size()),
+    ):
+        if run is not None:
+            call = Turns(batches, lambda x, run=run: run(x, W, b, None, None, "topk", s.k))
+            yield Entry("encode", name, call, **work, check=check_code(call, W, b, s.k), needs=scratch)
+
+
+def _fused(x, W, b, threshold, subset, rule, k):
+    return encode_topk_fused(x, W, b, k)
+
+
+def _gemm_and_topk(x, W, b, threshold, subset, rule, k):
+    values, indices = torch.addmm(b, x, W.T).topk(k)
+    return values.relu_().flatten(), indices.flatten(), None
+
+
+def chunks(s: Shape, dtype: torch.dtype, device: str) -> Iterator[Entry]:
+    """The chunked encode at other widths of its chunks."""
+    W, batches = _weights(s, dtype, device), _batches(s, dtype, device)
+    run = implementation("encode", "triton")
+    for width in (chunked.CHUNK // 4, chunked.CHUNK // 2, *(chunked.CHUNK * i for i in (1, 2, 4))):
+        call = _patched(width, Turns(batches, lambda x: run(x, W, None, None, None, "topk", s.k)))
+        yield Entry("encode", f"triton, chunks of {width:,}", call, 2 * s.N * s.M * s.D)
+
+
+def _patched(width: int, call: Callable[[], Any]) -> Callable[[], Any]:
+    def run():
+        with mock.patch.object(chunked, "CHUNK", width):
+            return call()
+
+    return run
+
+
+def decode(s: Shape, dtype: torch.dtype, device: str) -> Iterator[Entry]:
+    """decode, with and without the error, and the gradient of the code."""
+    W, b = _weights(s, dtype, device), 0.1 * torch.randn(s.D, device=device).to(dtype)
+    code, batches, size = _code(s, dtype, device), _batches(s, dtype, device), W.element_size()
+    gathered, row = s.N * s.k * s.D * size, s.N * s.D * size
+    work = {"flops": 2 * s.N * s.k * s.D, "bytes": gathered + row}
+    checked = partial(check_operator, s, dtype, device)
+    for backend in ("triton", "torch"):
+        run = partial(implementation("decode", backend), *code, W, b)
+        yield Entry("decode", backend, run, **work, check=checked("decode", backend))
+    values, indices, offsets = code
+    bag = partial(nnf.embedding_bag, indices, W, offsets[:-1].int(), mode="sum", per_sample_weights=values)
+    yield Entry("decode", "embedding_bag", bag, **work, note="without b_dec")
+    dense = partial(_dense_decode, values.view(s.N, s.k), indices.view(s.N, s.k).long(), W, b)
+    yield Entry("decode", "dense", dense, **work, needs=s.N * s.M * size)
+    for backend in ("triton", "torch"):
+        run = implementation("decode_error", backend)
+        call = Turns(batches, lambda x, run=run: run(*code, W, b, x))
+        error = {"flops": 2 * s.N * s.k * s.D, "bytes": gathered + 2 * row}
+        yield Entry("decode_error", backend, call, **error, check=checked("decode_error", backend))
+    for backend in ("triton", "torch"):
+        run = implementation("code_grad", backend)
+        call = Turns(batches, lambda x, run=run: run(x, W, indices, offsets))
+        yield Entry("code_grad", backend, call, **work, check=checked("code_grad", backend))
+
+
+def _dense_decode(values: Tensor, indices: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    dense = values.new_zeros(len(values), len(W)).scatter_(1, indices, values)
+    return torch.addmm(b, dense, W)
+
+
+def parts(s: Shape, dtype: torch.dtype, device: str) -> Iterator[Entry]:
+    """The operators that the ordinary loop's backward is made of."""
+    code, batches = _code(s, dtype, device), _batches(s, dtype, device)
+    W, checked = _weights(s, dtype, device), partial(check_operator, s, dtype, device)
+    latents, starts, tokens, order = implementation("transpose", "torch")(*code, s.M)
+    rows = latents[latents < s.M]
+    coefs, grad = code[0].float()[order], torch.randn(len(rows), s.D, device=device)
+    moments = torch.zeros(s.M, s.D, device=device), torch.zeros(s.M, s.D, device=device)
+    update = W, *moments, torch.zeros(s.M, dtype=torch.int32, device=device), rows, grad, *_adam(device)
+    p, size = s.N * s.k, W.element_size()
+    for backend in ("triton", "torch"):
+        run = partial(implementation("transpose", backend), *code, s.M)
+        check = checked("transpose", backend)
+        yield Entry("transpose", backend, run, bytes=p * (size + 4 + 16) + 16 * len(latents), check=check)
+    for backend in ("triton", "torch"):
+        run = implementation("row_grads", backend)
+        call = Turns(batches, lambda x, run=run: run(coefs, x, starts[: len(rows) + 1], tokens))
+        moved = p * s.D * size + 4 * len(rows) * s.D
+        yield Entry("row_grads", backend, call, 2 * p * s.D, moved, checked("row_grads", backend))
+    for backend in ("triton", "torch"):
+        run = partial(implementation("row_update", backend), *update, 0.9, 0.999, 1e-8, True)
+        moved = len(rows) * s.D * (2 * size + 16 + 4)
+        yield Entry("row_update", backend, run, bytes=moved, check=checked("row_update", backend))
+
+
+def backward(s: Shape, dtype: torch.dtype, device: str) -> Iterator[Entry]:
+    """Backward and optimizer of both matrices: row_step; dense GEMMs and dense Adam."""
+    W_enc, W_dec, b = (
+        *(_weights(s, dtype, device) for _ in range(2)),
+        torch.zeros(s.M, device=device).to(dtype),
+    )
+    code, batches, (coast, clock) = _code(s, dtype, device), _batches(s, dtype, device), _adam(device)
+    state = lambda *shape: [  # noqa: E731
+        *(torch.zeros(shape, device=device) for _ in range(2)),
+        torch.zeros(s.M, dtype=torch.int32, device=device),
+    ]
+    arguments = (
+        W_enc, b, W_dec, state(s.M, s.D), state(s.M), state(s.M, s.D), [coast] * 3, [clock] * 3,
+        [0.9, 0.999] * 3, [1e-8] * 3, [False] * 3, True, *code,
+    )  # fmt: skip
+    scale, size = torch.full((s.N,), 1e-3, device=device), W_enc.element_size()
+    active = len(code[1].unique())
+    moved = 2 * s.N * s.k * s.D * size + 2 * active * s.D * (2 * size + 16)
+    work = {"flops": 6 * s.N * s.k * s.D, "bytes": moved}
+    for backend in ("triton", "torch"):
+        run = implementation("row_step", backend)
+        call = Turns(batches, lambda x, run=run: run(*arguments, x, x, scale, 0.0))
+        yield Entry(
+            "row_step", backend, call, **work, check=check_operator(s, dtype, device, "row_step", backend)
+        )
+    dense = _Later(lambda: _dense_backward(W_enc, W_dec, code, batches, s))
+    needs = 6 * s.M * s.D * size + 2 * s.N * s.M * size
+    note = "GEMMs and torch.optim.Adam(fused=True)"
+    yield Entry("row_step", "dense", dense, **work, needs=needs, note=note)
+
+
+def _dense_backward(W_enc: Tensor, W_dec: Tensor, code, batches: list[Tensor], s: Shape) -> Callable[[], Any]:
+    values, indices = code[0].view(s.N, s.k), code[1].view(s.N, s.k).long()
+    weights = [W.requires_grad_() for W in (W_enc, W_dec)]
+    adam, turn = torch.optim.Adam(weights, lr=1e-6, fused=True), cycle(batches)
+    dense = values.new_zeros(s.N, s.M).scatter_(1, indices, values)
+
+    @torch.no_grad()
+    def call() -> None:
+        x = next(turn)
+        grad_pre = torch.where(dense > 0, torch.mm(x, W_dec.T), 0)
+        W_dec.grad, W_enc.grad = torch.mm(dense.T, x), torch.mm(grad_pre.T, x)
+        adam.step()
+
+    return call
+
+
+def step(s: Shape, dtype: torch.dtype, device: str) -> Iterator[Entry]:
+    """The whole training step; the dense one is autograd over [N, M] with torch.topk and a dense Adam."""
+    sae = SAE(SAEConfig(s.D, s.M, TopK(s.k)), device=device, dtype=dtype)
+    optimizer, batches = RowAdam(sae, lr=1e-6), _batches(s, dtype, device)
+    size = sae.W_enc.element_size()
+    for backend in ("triton", "torch"):
+
+        def run(x: Tensor, backend: str = backend) -> Any:
+            sae.backend = optimizer.backend = backend
+            return train_step(sae, optimizer, x)
+
+        check = check_step(s, dtype, device, backend)
+        yield Entry("step", backend, Turns(batches, run), 2 * s.N * s.M * s.D, check=check)
+    needs = 6 * s.M * s.D * size + 4 * s.N * s.M * size
+    yield Entry("step", "dense", _Later(lambda: _dense_step(sae, batches)), 2 * s.N * s.M * s.D, needs=needs)
+
+
+def _dense_step(sae: SAE, batches: list[Tensor]) -> Callable[[], Any]:
+    adam, turn = torch.optim.Adam(sae.parameters(), lr=1e-6, fused=True), cycle(batches)
+
+    @torch.enable_grad()
+    def call() -> None:
+        x = next(turn)
+        values, indices = nnf.linear(x - sae.b_dec, sae.W_enc, sae.b_enc).topk(sae.config.activation.k)
+        dense = values.new_zeros(len(x), len(sae.W_enc)).scatter(1, indices, values.relu())
+        loss = (torch.addmm(sae.b_dec, dense, sae.W_dec) - x).square().mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        with torch.no_grad():
+            sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
+
+    return call
+
+
+class Turns:
+    """Calls ``run`` on each of the batches in turn, so that none is found in a cache."""
+
+    def __init__(self, batches: list[Tensor], run: Callable[[Tensor], Any]) -> None:
+        self.batches, self.run, self.turn, self.latest = batches, run, cycle(batches), batches[0]
+
+    def __call__(self) -> Any:
+        self.latest = next(self.turn)
+        return self.run(self.latest)
+
+
+class _Later:
+    """A call that is prepared when it is first made: what it allocates is then allocated only if it runs."""
+
+    def __init__(self, prepare: Callable[[], Callable[[], Any]]) -> None:
+        self.prepare, self.call = prepare, None
+
+    def __call__(self) -> Any:
+        if self.call is None:
+            self.call = self.prepare()
+        return self.call()
+
+
+def _weights(s: Shape, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.empty(s.M, s.D, dtype=dtype, device=device).normal_(std=s.D**-0.5)
+
+
+def _batches(s: Shape, dtype: torch.dtype, device: str) -> list[Tensor]:
+    return [torch.empty(s.N, s.D, dtype=dtype, device=device).normal_() for _ in range(BATCHES)]
+
+
+def _code(s: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """values, indices, offsets of k random latents a token: an odd stride repeats none of 2^i latents."""
+    first, stride = (torch.randint(s.M, (s.N, 1), device=device) for _ in range(2))
+    indices = (first + torch.arange(s.k, device=device) * (2 * stride + 1)) % s.M
+    values = torch.rand(s.N * s.k, device=device).add_(0.5).to(dtype)
+    return values, indices.flatten().int(), torch.arange(s.N + 1, device=device) * s.k
+
+
+def _adam(device: str) -> tuple[Tensor, Tensor]:
+    """row_update's coast and clock, at some step of a run whose learning rate is next to nothing."""
+    clock = torch.tensor([2, 1e-6, 1e-8, 1], dtype=torch.float64, device=device)
+    return torch.zeros(2**20, dtype=torch.float64, device=device), clock

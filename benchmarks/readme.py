@@ -1,0 +1,135 @@
+"""``python -m fastsae.benchmarks table``: README.md's figures, from committed results, never typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastsae.checks import reject
+
+__all__ = ["figures", "refresh"]
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN = "<!-- figures: written by `python -m fastsae.benchmarks table` -->"
+END = "<!-- end of figures -->"
+
+CPU_ROWS = {
+    ("gemm", "addmm"): "encoder GEMM alone, `torch.addmm` into a preallocated [N, M]",
+    ("gemm", "torch"): "the same scores in our blocks, none kept (oneDNN's GEMM where it is the faster)",
+    ("encode", "torch"): "encode with exact top-k",
+    ("step", "torch"): "whole training step",
+}
+GPU_ROWS = {
+    ("gemm", "cublas"): "encoder GEMM alone (cuBLAS)",
+    ("encode", "triton"): "encode, in chunks",
+    ("encode", "triton fused"): "encode, fused",
+    ("encode", "cublas + topk"): "encode by cuBLAS and `torch.topk`",
+    ("encode", "torch"): "encode, backend `torch`",
+    ("decode", "triton"): "decode",
+    ("decode", "embedding_bag"): "decode by `embedding_bag`",
+    ("decode", "dense"): "decode by a dense GEMM",
+    ("row_step", "triton"): "backward and RowAdam",
+    ("row_step", "dense"): "backward and Adam, dense",
+    ("step", "triton"): "whole training step",
+    ("step", "torch"): "whole training step, backend `torch`",
+    ("step", "dense"): "whole training step, dense",
+}
+MEMORY = "its memory beyond weights and optimizer states"
+
+
+def refresh(
+    check: bool, readme: Path = ROOT / "README.md", results: Path = ROOT / "benchmarks/results"
+) -> int:
+    """Write the figures between the marks of ``readme``; or with ``check`` only say whether they are there.
+
+    Returns the exit code, 1 where a check finds other text. Raises ValueError without README or marks.
+    """
+    text = readme.read_text() if readme.exists() else ""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        reject("README.md", f"no {BEGIN} ... {END} in {readme}", "a checkout of the repository")
+    fresh = f"{before}{BEGIN}\n{figures(results)}{END}{after}"
+    if check and fresh != text:
+        print(f"{readme} is stale: run python -m fastsae.benchmarks table")
+        return 1
+    readme.write_text(fresh)
+    return 0
+
+
+def figures(results: Path) -> str:
+    """The newest CPU result and the newest GPU result, as markdown."""
+    files = sorted(results.glob("*.json"))
+    cpu = [path for path in files if path.stem.endswith("-cpu")]
+    gpu = [path for path in files if path not in cpu]
+    return "\n".join([_cpu(cpu[-1]), _gpu(gpu[-1]) if gpu else _NO_GPU, ""])
+
+
+_NO_GPU = """GPUs: not yet measured on a GPU. `make bench-gpu` measures one in under ten minutes.
+"""
+
+
+def _cpu(path: Path) -> str:
+    result = json.loads(path.read_text())
+    machine, rows = result["machine"], result["rows"]
+    sizes = rows[0]
+    head = (
+        f"Measured on {machine['threads']} threads of an {machine['cpu']}, fp32, N = {sizes['N']} tokens, "
+        f"D = {sizes['D']}, k = {sizes['k']}, medians\nof interleaved rounds ({_link(path)}, `make bench`):"
+    )
+    columns = {f"M = {m:,}": [row for row in rows if row["M"] == m] for m in _distinct(rows, "M")}
+    lines = {label: [_ms(_find(of, *key)) for of in columns.values()] for key, label in CPU_ROWS.items()}
+    lines[MEMORY] = [_mib(_find(of, "step", "torch")) for of in columns.values()]
+    return f"{head}\n\n{_table(list(columns), lines)}"
+
+
+def _gpu(path: Path) -> str:
+    result = json.loads(path.read_text())
+    rows = [row for row in result["rows"] if row["dtype"] == "bfloat16"]
+    shapes = list(dict.fromkeys((row["M"], row["D"]) for row in rows))
+    columns = {
+        f"M = {m:,}, D = {d}": [row for row in rows if (row["M"], row["D"]) == (m, d)] for m, d in shapes
+    }
+    head = (
+        f"Measured on an {result['machine']['gpu']}, bf16 weights and fp32 optimizer states, "
+        f"N = {rows[0]['N']}, k = {rows[0]['k']},\nmedians of interleaved rounds with a cold L2, "
+        f"and their ratio to the GEMM ({_link(path)},\n`make bench-gpu`):"
+    )
+    lines = {}
+    for key, label in GPU_ROWS.items():
+        lines[label] = [_ratio(_find(of, *key)) for of in columns.values()]
+    lines[MEMORY] = [_mib(_find(of, "step", "triton")) for of in columns.values()]
+    return f"{head}\n\n{_table(list(columns), lines)}"
+
+
+def _find(rows: list[dict[str, Any]], op: str, backend: str) -> dict[str, Any]:
+    found = (row for row in rows if (row["op"], row["backend"]) == (op, backend))
+    return next(found, {"p50_ms": None, "peak_mib": None, "ratio_to_gemm": None})
+
+
+def _distinct(rows: list[dict[str, Any]], key: str) -> list[Any]:
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def _ms(row: dict[str, Any]) -> str:
+    return "–" if row["p50_ms"] is None else f"{row['p50_ms']:.{0 if row['p50_ms'] >= 20 else 2}f} ms"
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    ratio = row["ratio_to_gemm"]
+    return _ms(row) if ratio in (None, 1.0) else f"{_ms(row)} ({ratio:.2f})"
+
+
+def _mib(row: dict[str, Any]) -> str:
+    return "–" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f} MiB"
+
+
+def _link(path: Path) -> str:
+    return f"[rows](benchmarks/results/{path.name})"
+
+
+def _table(columns: list[str], lines: dict[str, list[str]]) -> str:
+    head = [f"| | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
+    body = [f"| {label} | {' | '.join(cells)} |" for label, cells in lines.items() if set(cells) != {"–"}]
+    return "\n".join([*head, *body, ""])

@@ -124,7 +124,7 @@ def test_every_option_of_a_run_is_a_flag():
             "k: got 65, expected an integer in 1..64 (n_latents)",
         ),
         (("--activations", "DATA", "--activation", "gelu"), "activation: got 'gelu', expected one of 'topk'"),
-        (("--activations", "DATA", "--backend", "triton"), "backend: got 'triton', expected a usable one"),
+        (("--activations", "DATA", "--backend", "cuda"), "backend: got 'cuda', expected a usable one"),
         (("--activations", "DATA", "--weight-format", "int3"), "weight_format: got 'int3'"),
         (("--activations", "DATA", "--batch-size", 5000), "batch_size: got 5000, expected at most"),
         (("--activations", "DATA", "--config", "missing.yaml"), "missing.yaml: got no readable YAML file"),

@@ -256,7 +256,7 @@ def row_step(
     g, dec = upcast(scale)[:, None] * upcast(error), upcast(W_dec)
     code = _dense(values, indices, offsets, W_dec.shape[0])
     lengths = dec.norm(dim=1)
-    charged = (torch.arange(len(g), device=g.device) < len(x))[:, None]
+    charged = (torch.arange(len(g), device=g.device) < len(x)).to(g.dtype)[:, None]
     d_values = g @ dec.T + l1 * charged * lengths
     entry = torch.zeros_like(code, dtype=torch.bool)
     entry[rows, indices[:stored].long()] = values[:stored] > 0

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastsae import functional as F
 from fastsae.code import SparseCode
 from fastsae.config import AuxK, TopK
-from fastsae.ops import upcast
+from fastsae.ops import upcast, wide_dtype
 
 __all__ = ["auxk", "decoder_norm_l1", "error_scale", "reconstruction", "row_norms"]
 
@@ -19,10 +19,11 @@ def error_scale(target: Tensor, kind: str) -> Tensor:
     "fvu": 1 / sum ||target - mean||^2, mean over the batch (0 where the batch has no variance).
     "squared_error": 1 / N.
     """
-    target = upcast(target.detach())
+    target, dtype = target.detach(), wide_dtype(target)
     if kind == "squared_error":
-        return target.new_full((), 1 / max(target.shape[0], 1))
-    variance = (target - target.mean(0)).square().sum()
+        return target.new_full((), 1 / max(target.shape[0], 1), dtype=dtype)
+    centred = target - target.mean(0, dtype=dtype)  # one [N, D] copy at a time
+    variance = torch.linalg.vector_norm(centred).square()
     return torch.where(variance > 0, 1 / variance, 0)
 
 

@@ -24,6 +24,7 @@ from fastsae.config import Activation, BatchTopK, TopK
 __all__ = [
     "ADVERSARIAL",
     "Allocations",
+    "NeverWaits",
     "Problem",
     "adversarial",
     "assert_close",
@@ -402,6 +403,49 @@ class Allocations(TorchDispatchMode):
             if isinstance(t, Tensor) and _storage(t) not in given and t.numel() > self.largest:
                 self.largest, self.made_by = t.numel(), func.name()
         return out
+
+
+class NeverWaits(TorchDispatchMode):
+    """While active, an operation that would make the host wait for a GPU's results raises AssertionError.
+
+    So do tensors made of Python numbers, which are copied from memory that a CUDA graph can't read again.
+    Looks inside this package's operators, not inside PyTorch's.
+    """
+
+    WAITS = frozenset({
+        "_local_scalar_dense", "_unique2", "bincount", "equal", "is_nonzero", "item", "lift_fresh",
+        "masked_select", "nonzero", "unique_consecutive", "unique_dim",
+    })  # fmt: skip
+
+    def __enter__(self):
+        def tolist(t: Tensor) -> None:  # of a tensor on a CPU it passes no dispatcher
+            _require(False, "Tensor.tolist makes the host wait")
+
+        self._patch = mock.patch.object(Tensor, "tolist", tolist)
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        self._patch.stop()
+        return super().__exit__(*exception)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, _, op = func.name().partition("::")
+        if namespace == "fastsae":
+            return self._inside(ops.implementation(op, args[-1]), args[:-1])
+        op = op.partition(".")[0]
+        counted = op == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        places = args[1] if op in ("index", "index_put", "index_put_") else ()
+        masked = any(isinstance(i, Tensor) and i.dtype == torch.bool for i in places)
+        _require(not (op in self.WAITS or counted or masked), f"{func.name()} makes the host wait")
+        return func(*args, **(kwargs or {}))
+
+    def _inside(self, implementation: Callable, args: tuple) -> Any:
+        super().__enter__()
+        try:
+            return implementation(*args)
+        finally:
+            super().__exit__(None, None, None)
 
 
 def _storage(t: Tensor) -> int:

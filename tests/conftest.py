@@ -1,21 +1,27 @@
 """Fixtures that every test file may ask for; none is automatic."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
 
-INTERPRETING = not torch.cuda.is_available()
+INTERPRETING = not torch.cuda.is_available() and find_spec("triton") is not None
 if INTERPRETING:
-    os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported: it makes them run on CPU tensors
+    # Triton reads it when it is imported, and makes kernels run on CPU tensors; processes that tests start
+    # don't inherit it
+    os.environ["TRITON_INTERPRET"] = "1"
+    from triton import knobs
+
+    knobs.runtime.interpret = True
+    del os.environ["TRITON_INTERPRET"]
 
 import fastsae.backends.torch as portable  # noqa: E402
-from fastsae import backends  # noqa: E402
 from fastsae.optim import row_adam  # noqa: E402
 
 SMALL = "torch in small blocks"
 # on a GPU kernels take only its tensors: tests/test_gpu.py
-FAST = ["torch", SMALL, *(["triton"] if INTERPRETING and backends.available()["triton"] is None else [])]
+FAST = ["torch", SMALL, *(["triton"] if INTERPRETING else [])]
 
 
 @pytest.fixture(params=FAST)

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,48 @@ def test_available_and_resolve():
                 backends.resolve(name)
     with pytest.raises(ValueError, match="backend: got 'tritn', expected one of 'auto', 'reference'"):
         backends.resolve("tritn")
+
+
+class Like:
+    """What resolve looks at of a tensor on a GPU that isn't here."""
+
+    def __init__(self, kind="cuda", dtype=torch.bfloat16, width=64):
+        self.device, self.dtype, self.shape, self.ndim = torch.device(kind), dtype, (3, width), 2
+
+
+def test_auto_takes_triton_where_it_was_measured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert backends.resolve("auto", Like()) == "torch"
+    monkeypatch.setattr(backends, "MEASURED", {90: "results/h200.json"})
+    assert "triton for CUDA tensors on sm_90 (results/h200.json)" in backends.diagnose()["backend auto"]
+    assert backends.resolve("auto", Like()) == "triton"
+    for other in (Like("cpu"), Like(dtype=torch.float64), Like(width=16385)):
+        assert backends.resolve("auto", other) == "torch"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert backends.resolve("auto", Like()) == "torch"
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert backends.resolve("auto", Like()) == "torch"
+    with pytest.raises(ValueError, match="triton is not installed"):
+        backends.resolve("triton", Like())
+
+
+@pytest.mark.skipif(backends.available()["triton"] is not None, reason="Triton can't run here")
+def test_what_triton_does_not_take_is_refused(monkeypatch):
+    for like, reason in (
+        (torch.ones(2, 3).double(), "float64"),
+        (torch.ones(1, 16385), "rows of 16385: its kernels hold at most 16384"),
+    ):
+        with pytest.raises(ValueError, match=f"backend: got 'triton' for {reason}"):
+            backends.resolve("triton", like)
+    monkeypatch.setattr(sys.modules["triton"].knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="backend: got 'triton' for a tensor on cpu"):
+        backends.resolve("triton", torch.ones(2, 3))
 
 
 def test_diagnose_survives_the_import_of_a_backend():

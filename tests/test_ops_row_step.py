@@ -2,9 +2,16 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsae.testing import assert_close, assert_repeatable, assert_same, poisoned_empty, problem, random_code
+from fastsae.testing import (
+    NeverWaits,
+    assert_close,
+    assert_repeatable,
+    assert_same,
+    poisoned_empty,
+    problem,
+    random_code,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -187,17 +194,6 @@ def test_two_runs_agree_and_no_place_is_left_unwritten(backend, two_threads):
         actual = case.run(backend)
     for name, t in actual.items():
         assert_same(t, expected[name], name)
-
-
-class NeverWaits(TorchDispatchMode):
-    """Raises where an operation would make the host wait for what a GPU computes."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name().removeprefix("aten::").partition(".")[0] in self.WAITS:
-            raise AssertionError(f"{func.name()} makes the host wait")
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture

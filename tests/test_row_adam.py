@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastsae import SAE, ReLU, SAEConfig, TopK
-from fastsae.optim import RowAdam
+from fastsae.optim import RowAdam, row_adam
 from fastsae.testing import assert_repeatable, assert_same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -449,3 +449,78 @@ def test_a_foreign_parameter_is_refused():
         ):
             use(foreign)
     assert foreign not in optimizer.state
+
+
+# What the host needn't know
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.95, 0.9), (0.0, 0.999)], ids=str)
+def test_the_coast_is_the_same_wherever_steps_are_counted(monkeypatch, betas):
+    """On a host the table has the length it needs, and only what changes is gone through."""
+    tables = []
+    for on_host in (True, False):
+        monkeypatch.setattr(row_adam, "_on_host", lambda t, on_host=on_host: on_host)
+        monkeypatch.setattr(row_adam, "GRAPH_STEPS", 512)
+        param = torch.nn.Parameter(torch.ones(3, 2))
+        optimizer = RowAdam([param], 0.01, betas)
+        for step in range(300):
+            param.grad = torch.ones(3, 2) * (step % 7 == 0)
+            optimizer.step()
+        tables.append(optimizer.param_groups[0]["coast"][:300])
+    torch.testing.assert_close(*tables, rtol=1e-12, atol=0)
+
+
+def test_a_table_saved_on_a_host_is_made_longer_elsewhere(monkeypatch):
+    def run(steps, state=None):
+        param = torch.nn.Parameter(torch.ones(3, 2))
+        optimizer = RowAdam([param], 0.01)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        for _ in range(steps):
+            param.grad = torch.tensor([[1.0, 2.0], [0.0, 0.0], [0.0, 1.0]])
+            optimizer.step()
+        return optimizer
+
+    state = run(20).state_dict()
+    assert len(state["param_groups"][0]["coast"]) == 256
+    monkeypatch.setattr(row_adam, "_on_host", lambda t: False)
+    monkeypatch.setattr(row_adam, "GRAPH_STEPS", 300)
+    assert len(run(1, state).param_groups[0]["coast"]) == 300
+    assert len(run(400, state).param_groups[0]["coast"]) > 420
+
+
+def test_steps_may_be_a_number_as_in_older_states():
+    param = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = RowAdam([param], 0.01)
+    for _ in range(3):
+        param.grad = torch.ones(3, 2)
+        optimizer.step()
+    state = optimizer.state_dict()
+    state["param_groups"][0]["steps"] = 3
+    results = []
+    for saved in (state, copy.deepcopy(optimizer).state_dict()):
+        twin = torch.nn.Parameter(torch.ones(3, 2))
+        again = RowAdam([twin], 0.01)
+        again.load_state_dict(saved)
+        twin.grad = torch.ones(3, 2)
+        again.step()
+        results.append(twin.detach())
+        assert int(again.param_groups[0]["steps"]) == 4
+    assert_same(*results)
+
+
+def test_odd_groups_and_rates():
+    """As torch's optimizers take them: a group without parameters, a rate in a tensor of one element."""
+    params = [torch.nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
+    groups = [{"params": [params[0]]}, {"params": []}]
+    one, other = RowAdam(groups, torch.tensor([0.01])), RowAdam([params[1]], 0.01)
+    for optimizer, param in zip((one, other), params, strict=True):
+        param.grad = torch.ones(3, 2)
+        optimizer.step()
+        optimizer.flush_()
+    torch.testing.assert_close(*params)
+    twin, copied = copy.deepcopy((params[1], other))
+    for optimizer, param in ((other, params[1]), (copied, twin)):
+        param.grad = torch.ones(3, 2)
+        optimizer.step()
+    assert_same(twin.detach(), params[1].detach())

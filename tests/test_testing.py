@@ -8,6 +8,7 @@ from fastsae import functional as F
 from fastsae.testing import (
     ADVERSARIAL,
     Allocations,
+    NeverWaits,
     adversarial,
     assert_close,
     assert_encodes,
@@ -305,3 +306,32 @@ def test_allocations_see_inside_operators_and_ignore_views():
     with Allocations() as made:
         F.encode(*p.encoder, TopK(3), backend="reference")
     assert made.largest == 64 * 1000
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda t: t[0].item(),
+        lambda t: t.tolist(),
+        lambda t: bool(t[0] > 0),
+        lambda t: t.nonzero(),
+        lambda t: t[t > 0],
+        lambda t: t.index_put_((t > 0,), t[:1]),
+        lambda t: t.unique(),
+        lambda t: t.long().repeat_interleave(t.long()),
+        lambda t: t + torch.tensor(1.0),
+        lambda t: torch.ops.fastsae.transpose(t, t.int(), torch.arange(4), 9, "reference"),
+    ],
+)
+def test_what_makes_the_host_wait_is_refused(wait):
+    t = torch.ones(3)
+    with pytest.raises(AssertionError, match="makes the host wait"), NeverWaits():
+        wait(t)
+
+
+def test_what_does_not_make_the_host_wait_passes():
+    t = torch.ones(3)
+    with NeverWaits():
+        t[t.long().clamp_max(2)].cumsum(0).where(t > 0, 0).sort(stable=True)
+        t.long().repeat_interleave(t.long(), output_size=3)
+        torch.ops.fastsae.transpose(t, t.int(), torch.arange(4), 9, "torch")

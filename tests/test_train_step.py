@@ -4,12 +4,18 @@ import copy
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsae.backends.torch as portable
-from fastsae import SAE, AuxK, BatchTopK, DecoderNormL1, JumpReLU, ReLU, SAEConfig, TopK, backends, ops
+from fastsae import SAE, AuxK, BatchTopK, DecoderNormL1, JumpReLU, ReLU, SAEConfig, TopK, backends
 from fastsae.optim import RowAdam, row_adam
-from fastsae.testing import Allocations, assert_close, assert_repeatable, assert_same, poisoned_empty
+from fastsae.testing import (
+    Allocations,
+    NeverWaits,
+    assert_close,
+    assert_repeatable,
+    assert_same,
+    poisoned_empty,
+)
 from fastsae.training import train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,26 +157,6 @@ def test_triton_equals_the_ordinary_loop_in_fp32(mode, activation, losses):
             assert_same(runs["kernels"][name], exact, name)
 
 
-SYNCHRONISING = (
-    "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim",
-    "is_nonzero", "equal", "item", "bincount", "lift_fresh",
-)  # fmt: skip
-
-
-class NoSynchronisation(TorchDispatchMode):
-    """Refuse what would make the host wait for a GPU."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        namespace, _, op = func.name().partition("::")
-        if namespace == "fastsae":
-            with self:
-                return ops.implementation(op, args[-1])(*args[:-1])
-        assert op.split(".")[0] not in SYNCHRONISING, f"{func.name()} makes the host wait"
-        indices = args[1] if op.startswith("index") and len(args) > 1 and isinstance(args[1], list) else ()
-        assert not any(t is not None and t.dtype == torch.bool for t in indices), "a mask as an index"
-        return func(*args, **(kwargs or {}))
-
-
 @triton
 @pytest.mark.parametrize("mode", ["dense", "lazy", "deferred"])
 @pytest.mark.parametrize(
@@ -179,7 +165,7 @@ class NoSynchronisation(TorchDispatchMode):
 def test_the_host_never_waits_for_the_device(monkeypatch, activation, normalization, mode):
     """So that a TopK or BatchTopK step can be captured in a CUDA graph."""
     monkeypatch.setattr(row_adam, "_on_host", lambda t: False)
-    monkeypatch.setattr(row_adam, "GPU_STEPS", 64)
+    monkeypatch.setattr(row_adam, "GRAPH_STEPS", 64)
     sae = make(
         activation, LOSSES["AuxK and L1"], torch.float32, backend="triton", normalization=normalization
     )
@@ -187,7 +173,7 @@ def test_the_host_never_waits_for_the_device(monkeypatch, activation, normalizat
     batches = [batch(number).float() for number in range(4)]
     for x in batches[:2]:
         train_step(sae, optimizer, x)  # the first waits: it sets the scale
-    with NoSynchronisation():
+    with NeverWaits():
         metrics = [train_step(sae, optimizer, x) for x in (batches[2], batches[2] * torch.nan, batches[3])]
     assert [int(m["skipped"]) for m in metrics] == [0, 1, 0]
     assert metrics[0]["n_dead"] > 0
@@ -354,14 +340,20 @@ def test_rows_that_are_only_padding_stay():
         assert_same(getattr(sae, name)[5:], before[name][5:])
 
 
-def test_a_frozen_parameter_stays():
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        sae = make()
-        getattr(sae, name).requires_grad_(False)
-        before = everything(sae)
-        train_step(sae, RowAdam(sae), batch(0))
-        for other, _ in sae.named_parameters():
-            assert torch.equal(getattr(sae, other), before[other]) == (other == name)
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
+@pytest.mark.parametrize("given", ["the SAE", "what learns"])
+def test_a_frozen_parameter_stays(name, given):
+    sae = make(activation=ReLU())
+    getattr(sae, name).requires_grad_(False)
+    before = everything(sae)
+    learning = [p for p in sae.parameters() if p.requires_grad]
+    optimizer = RowAdam(sae if given == "the SAE" else learning)
+    train_step(sae, optimizer, batch(0))
+    train_step(sae, optimizer, batch(1))
+    optimizer.flush_()
+    assert getattr(sae, name) not in optimizer.state
+    for other, _ in sae.named_parameters():
+        assert torch.equal(getattr(sae, other), before[other]) == (other == name)
 
 
 # Skipped batches
@@ -418,6 +410,39 @@ def test_a_first_batch_that_is_skipped_sets_no_scale():
     assert_unchanged(everything(sae), before)
     assert train_step(sae, optimizer, batch(0).float())["skipped"] == 0
     assert sae.norm_scale > 0
+
+
+def test_a_first_batch_that_is_refused_sets_no_scale():
+    sae = SAE(SAEConfig(D, M, ReLU(), normalization="scalar"))
+    with pytest.raises(ValueError, match="x: got a sample with mean"):
+        train_step(sae, RowAdam(sae), torch.zeros(N, D))
+    assert sae.norm_scale == -1
+
+
+def test_an_error_that_overflows_in_half_precision_is_skipped():
+    """Its square, in fp32, doesn't."""
+    sae = make(dtype=torch.float16, reconstruction="squared_error")
+    with torch.no_grad():
+        sae.W_dec.copy_(-sae.W_enc)
+    optimizer = RowAdam(sae)
+    x = batch(0).half()
+    x[0, 0] = 5e4
+    assert train_step(sae, optimizer, x)["skipped"] == 1
+    assert all(p.isfinite().all() for p in sae.parameters())
+
+
+@pytest.mark.parametrize("activation", [ReLU(), TopK(3)], ids=str)
+def test_nan_is_not_encoded(activation):
+    """It ranks first: every latent would be active."""
+    n, m = 64, 5000
+    sae = SAE(SAEConfig(D, m, activation))
+    sae.b_enc.data -= 10
+    optimizer = RowAdam(sae)
+    train_step(sae, optimizer, batch(0, n=n).float())
+    with Allocations() as made:
+        assert train_step(sae, optimizer, batch(0, n=n).float() * torch.nan)["skipped"] == 1
+    assert made.largest <= portable.BLOCK_SCORES
+    assert made.largest < n * m * 1.01
 
 
 def test_a_target_with_nan_is_skipped():
@@ -544,6 +569,23 @@ def test_a_transcoder_asks_for_its_target_before_any_work():
     with pytest.raises(ValueError, match=r"target: got None, expected a tensor \[\.\.\., 4\]"):
         train_step(sae, optimizer, batch(0))
     assert_unchanged(everything(sae, optimizer), before)
+
+
+def test_an_optimizer_on_another_backend_is_refused():
+    sae = make(backend="torch")
+    with pytest.raises(ValueError, match="opt: got one on backend 'reference', expected 'torch'"):
+        train_step(sae, RowAdam(sae, backend="reference"), batch(0))
+    assert RowAdam(sae).backend == "torch"
+
+
+def test_inputs_are_cast_to_the_weights_and_autocast_does_not_apply():
+    losses = []
+    for enabled in (False, True):
+        sae = make(dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            x = batch(0).to(torch.bfloat16 if enabled else torch.float32)
+            losses.append(train_step(sae, RowAdam(sae), x if enabled else x.bfloat16().float())["loss"])
+    assert_same(*losses)
 
 
 def test_an_optimizer_that_lets_a_unit_norm_decoder_go_is_refused():

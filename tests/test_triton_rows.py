@@ -3,7 +3,6 @@ small tensors take many, long runs cut in pieces, rows passed over, and a host t
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsae.backends import reference
 from fastsae.backends.triton import rows as launchers
@@ -15,6 +14,7 @@ from fastsae.kernels import decode as decode_kernels
 from fastsae.kernels import row_grads as row_grads_kernels
 from fastsae.kernels import row_update as row_update_kernels
 from fastsae.testing import (
+    NeverWaits,
     assert_close,
     assert_repeatable,
     assert_same,
@@ -42,21 +42,6 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(row_grads_kernels, "SPLIT", 4)
     tile = row_update_kernels.RowUpdateConfig(elements=16, num_warps=1)
     monkeypatch.setattr(row_update_kernels, "CONFIGS", {(80, 9999): tile})
-
-
-class NeverWaits(TorchDispatchMode):
-    """Raises where an operation would make the host wait for what a GPU computes."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "equal")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().removeprefix("aten::").partition(".")[0]
-        if name in self.WAITS or (name == "repeat_interleave" and not (kwargs or {}).get("output_size")):
-            raise AssertionError(f"{func.name()} makes the host wait")
-        places = args[1] if name in ("index", "index_put", "index_put_") else ()
-        if any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in places):
-            raise AssertionError(f"{func.name()} with a mask makes the host wait")
-        return func(*args, **(kwargs or {}))
 
 
 def to(args, dtype):
@@ -128,7 +113,7 @@ def test_a_chunk_grows_where_there_would_be_too_many(small_tiles, monkeypatch):
     args = runs(33, 3, 4)
     owner, split, slots = launchers._pieces(args[2], len(args[3]))
     assert slots <= 4
-    assert split >= len(args[3]) / 2
+    assert split == -(-args[2][-1] // 2)  # of the places in use
     assert len(owner) == slots // 2 + 1
     assert_matches(row_grads, reference.row_grads, args)
 
@@ -171,11 +156,12 @@ def test_row_update(name, d, dtype, small_tiles):
     grad = torch.randn(m if rows is None else len(rows), d, generator=generator) if options["grad"] else None
     coast = torch.rand(9, generator=generator).double() if options["coast"] else None
 
+    now = clock(8, options["proceed"])
+
     def run(op, dtype=None):
         tensors = [t.clone() if dtype is None else t.clone().to(dtype) for t in before[:3]]
         tensors.append(before[3].clone())
         given = grad if grad is None or dtype is None else grad.to(dtype)
-        now = clock(8, options["proceed"])
         op(*tensors, rows, given, coast, now, *options["betas"], 1e-8, options["unit_norm"])
         return tensors
 
@@ -212,12 +198,6 @@ def test_rows_of_a_view_are_updated_in_place():
     for t, expected, before in zip(whole, alone, state(9, 4, torch.float32), strict=True):
         assert_same(t[3:6], expected)
         assert_same(t[6:], before[6:])
-
-
-def test_a_row_too_long_for_registers_is_refused():
-    m = torch.zeros(1, 16385)
-    with pytest.raises(ValueError, match=r"weight: got rows of 16385, expected at most 16384"):
-        row_update(m, m, m, torch.zeros(1).int(), None, None, None, clock(1), 0.9, 0.999, 1e-8, False)
 
 
 def test_two_runs_agree_to_the_bit(small_tiles):

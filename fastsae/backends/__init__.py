@@ -46,7 +46,7 @@ def _no_triton() -> str | None:
 
 
 def _auto(like: pytorch.Tensor | None) -> str:
-    if like is None or like.device.type != "cuda" or _unfit("triton", like) or _no_triton():
+    if like is None or like.device.type != "cuda" or _no_triton() or _unfit("triton", like):
         return "torch"
     major, minor = pytorch.cuda.get_device_capability(like.device)
     return "triton" if 10 * major + minor in MEASURED else "torch"
@@ -60,6 +60,10 @@ def _unfit(backend: str, like: pytorch.Tensor) -> str | None:
         return "float64, which only reference and torch compute in"
     from triton import knobs
 
+    from fastsae.kernels.row_update import WIDEST
+
+    if like.ndim and like.shape[-1] > WIDEST:
+        return f"rows of {like.shape[-1]}: its kernels hold at most {WIDEST} in registers"
     on_gpu = like.device.type in ("cuda", "meta")
     return None if on_gpu or knobs.runtime.interpret else f"a tensor on {like.device}: its kernels need CUDA"
 
@@ -81,8 +85,8 @@ def diagnose() -> dict[str, str]:
     report["cuda extension"] = _extension()
     report |= {f"backend {name}": reason or "ok" for name, reason in available().items()}
     where = ", ".join(f"sm_{arch} ({file})" for arch, file in MEASURED.items())
-    report["backend auto"] = f"torch; triton for CUDA tensors on {where or 'no GPU: not yet measured on any'}"
-    return report
+    on_gpu = f"triton for CUDA tensors on {where}" if where else "triton is not yet measured on any GPU"
+    return report | {"backend auto": f"torch; {on_gpu}"}
 
 
 def _extension() -> str:

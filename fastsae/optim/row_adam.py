@@ -18,8 +18,8 @@ __all__ = ["RowAdam"]
 BLOCK_ELEMENTS = 2**20
 """Weights updated at a time: the block, its gradient and its moments stay in a CPU's caches."""
 
-GPU_STEPS = 2**20
-"""Steps that a deferred group on a GPU can take: its coast table is 8 MiB."""
+GRAPH_STEPS = 2**20
+"""Steps for which a coast table on a GPU has room, 8 MiB: replays of a CUDA graph can't make it longer."""
 
 _EPSILON = 1e-8  # terms of the coast below this share of the first are left out
 
@@ -48,7 +48,7 @@ class RowAdam(torch.optim.Optimizer):
         lr, betas, eps: as in torch.optim.Adam. ``lr`` may be changed by torch's schedulers.
         mode: "dense", "lazy" or "deferred".
         state_dtype: dtype of the moments; "float32".
-        backend: which backend updates (see :mod:`fastsae.backends`).
+        backend: which backend updates (see :mod:`fastsae.backends`); of an SAE "auto" takes its own.
 
     Gradients are read from ``.grad``, dense or row-sparse COO, by :meth:`step`; a row is touched if any entry
     of its gradient isn't 0. :func:`fastsae.training.train_step` feeds rows directly, without gradient
@@ -69,7 +69,7 @@ class RowAdam(torch.optim.Optimizer):
     ) -> None:
         check_choice("state_dtype", state_dtype, ("float32",))
         resolve(backend)
-        self.backend = backend
+        self.backend = params.backend if backend == "auto" and isinstance(params, SAE) else backend
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -79,7 +79,8 @@ class RowAdam(torch.optim.Optimizer):
             "unit_norm": False,
         }
         _check_group(defaults)
-        super().__init__(_groups(params), defaults | {"steps": None, "coast": None})
+        self._most_steps = 0  # at least the steps of any group: what the host knows without asking
+        super().__init__(_groups(params), defaults | {"steps": 0, "coast": None})
         if isinstance(params, SAE):
             params.export_from(self)
 
@@ -87,9 +88,6 @@ class RowAdam(torch.optim.Optimizer):
         """Add a group; what it sets for itself is checked like the arguments of the constructor."""
         _check_group(self.defaults | param_group)
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        if group["steps"] is None:
-            group["steps"] = torch.zeros((), dtype=torch.int64, device=group["params"][0].device)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -145,13 +143,11 @@ class RowAdam(torch.optim.Optimizer):
         for index, state in state_dict["state"].items():
             param = params[index]
             self.state[param] = {name: t.to(param.device, copy=True) for name, t in state.items()}
-        for group in self.param_groups:
-            for name in ("steps", "coast"):
-                if group[name] is not None:
-                    group[name] = group[name].to(group["params"][0].device, copy=True)
+        self._most_steps = max((int(group["steps"]) for group in self.param_groups), default=0)
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"backend": self.backend}  # torch copies no attributes
+        # torch copies no attributes
+        return super().__getstate__() | {"backend": self.backend, "_most_steps": self._most_steps}
 
     def begin_step_(self, proceed: Tensor | None = None) -> None:
         """Count the step that the updates up to :meth:`end_step_` belong to.
@@ -159,15 +155,20 @@ class RowAdam(torch.optim.Optimizer):
         Where the 0-dim ``proceed`` is 0 or False, nothing is counted and those updates change nothing, which
         the host needn't know.
         """
+        self._most_steps += 1
         # what row_update must know of the step under way, by the id of the group
         self._clocks: dict[int, Tensor] = {}
         for group in self.param_groups:
-            steps, (beta1, beta2) = group["steps"], group["betas"]
+            if not group["params"]:
+                continue
+            # on the device, where a graph can count it; a number at first, and where an older state had one
+            steps = torch.as_tensor(group["steps"], dtype=torch.int64, device=group["params"][0].device)
+            group["steps"], (beta1, beta2) = steps, group["betas"]
             go = steps.new_ones(()) if proceed is None else proceed.to(steps)
             steps += go
             t = steps.clamp_min(1).double()
             correction = (1 - beta2**t).sqrt()
-            size = group["lr"] * correction / (1 - beta1**t)
+            size = (group["lr"] * correction / (1 - beta1**t)).reshape(())
             self._clocks[id(group)] = torch.stack(
                 [steps.double(), size, group["eps"] * correction, go.double()]
             )
@@ -195,25 +196,31 @@ class RowAdam(torch.optim.Optimizer):
     def end_step_(self) -> None:
         """Add this step's learning rate to what idle rows owe."""
         for group in self.param_groups:
-            if group["mode"] == "deferred":
-                clock = self._clocks[id(group)]
-                beta1, beta2 = group["betas"]
-                group["coast"] = _extend_coast(group["coast"], clock, beta1, beta2, group["eps"])
+            if group["mode"] == "deferred" and (clock := self._clocks.get(id(group))) is not None:
+                coast, (beta1, beta2) = _room(group["coast"], clock, self._most_steps), group["betas"]
+                group["coast"] = _add_coast(coast, clock, beta1, beta2, group["eps"])
 
-    def row_arguments(self, params: Iterable[Tensor]) -> dict[str, list]:
-        """What ``torch.ops.fastsae.row_step`` must know of ``params``, by the names of its arguments."""
-        found = [(self._group(param), param) for param in params]
-        return {
-            "states": [
-                [self._state(param)[name] for name in ("exp_avg", "exp_avg_sq", "last_step")]
-                for _, param in found
-            ],
-            "coasts": [_coast_of(group) for group, _ in found],
-            "clocks": [self._clocks[id(group)] for group, _ in found],
-            "betas": [beta for group, _ in found for beta in group["betas"]],
-            "eps": [group["eps"] for group, _ in found],
-            "every_row": [group["mode"] == "dense" for group, _ in found],
-        }
+    def row_arguments(self, params: Iterable[Tensor]) -> tuple[list, ...]:
+        """What ``torch.ops.fastsae.row_step`` must know of three parameters, of which some may be frozen.
+
+        Returns their states (exp_avg, exp_avg_sq, last_step; empty for a frozen one), then ``coasts``,
+        ``clocks``, ``betas``, ``eps`` and ``every_row``.
+        """
+        states, coasts, clocks, betas, eps, every_row = [], [], [], [], [], []
+        for param in params:
+            group = self._group(param) if param.requires_grad else None
+            state = {} if group is None else self._state(param)
+            states.append([state[name] for name in ("exp_avg", "exp_avg_sq", "last_step") if state])
+            coasts.append(None if group is None else _coast_of(group))
+            clocks.append(
+                torch.zeros(4, dtype=torch.float64, device=param.device)
+                if group is None
+                else self._clocks[id(group)]
+            )
+            betas += (0.0, 0.0) if group is None else group["betas"]
+            eps.append(0.0 if group is None else group["eps"])
+            every_row.append(group is not None and group["mode"] == "dense")
+        return *states, coasts, clocks, betas, eps, every_row
 
     def _group(self, param: Tensor) -> dict:
         for group in self.param_groups:
@@ -228,12 +235,14 @@ class RowAdam(torch.optim.Optimizer):
     def _owes(self, group: dict, param: Tensor) -> bool:
         if group["mode"] != "deferred" or param not in self.state:
             return False
-        return bool((self.row_steps(param) < group["steps"]).any())
+        return bool((self.row_steps(param) < int(group["steps"])).any())
 
     def _state(self, param: Tensor) -> dict[str, Tensor]:
         self._group(param)
         state = self.state[param]
         if not state:
+            if param.is_cuda and torch.cuda.is_current_stream_capturing():
+                reject("opt", "no states yet, in a CUDA graph's capture", "a step taken before the capture")
             state["exp_avg"] = torch.zeros_like(
                 param, dtype=wide_dtype(param), memory_format=torch.contiguous_format
             )
@@ -254,10 +263,10 @@ class RowAdam(torch.optim.Optimizer):
         return [*(t.view(n_rows, -1) for t in moments), state["last_step"]]
 
     def _catch_up(self, group: dict, tensors: list[Tensor]) -> None:
-        behind = (tensors[-1] < group["steps"]).nonzero().flatten()
+        steps = int(group["steps"])
+        behind = (tensors[-1] < steps).nonzero().flatten()
         if len(behind):  # where all rows are, views need no gather
-            steps = group["steps"].double()
-            clock = torch.stack([steps, steps, steps, torch.ones_like(steps)])  # no step is taken
+            clock = torch.tensor([steps, 0, 0, 1], dtype=torch.float64, device=behind.device)
             self._update(group, clock, tensors, None if len(behind) == len(tensors[-1]) else behind, None)
 
     def _update(
@@ -300,10 +309,8 @@ def _groups(params: nn.Module | Iterable) -> Iterable:
 
 
 def _coast_of(group: dict) -> Tensor | None:
-    """The coast table of a deferred group; empty before its second step, when no row owes anything."""
-    if group["mode"] != "deferred":
-        return None
-    return group["steps"].new_zeros(1).double() if group["coast"] is None else group["coast"]
+    """The coast table of a deferred group; none before its second step, when no row owes anything."""
+    return group["coast"] if group["mode"] == "deferred" else None
 
 
 def _slicer(grad: Tensor) -> Callable[[int, int], Tensor]:
@@ -331,18 +338,26 @@ def _touched(grad: Tensor, dense: bool) -> tuple[Tensor | None, Tensor]:
     return rows[live], values[live]
 
 
-def _extend_coast(coast: Tensor | None, clock: Tensor, beta1: float, beta2: float, eps: float) -> Tensor:
-    """The coast table after the step of ``clock``, which adds to coast[t], for each t < step,
+def _room(coast: Tensor | None, clock: Tensor, n_steps: int) -> Tensor:
+    """The coast table, where the clock is, with room for ``n_steps``: the same one if it has it."""
+    if coast is None:
+        coast = clock.new_zeros(0)
+    coast = coast.to(clock.device)
+    least = 256 if _on_host(clock) else GRAPH_STEPS
+    if len(coast) > n_steps and len(coast) >= least:
+        return coast
+    return torch.nn.functional.pad(coast, (0, max(least, 2 * n_steps) - len(coast)))
+
+
+def _add_coast(coast: Tensor, clock: Tensor, beta1: float, beta2: float, eps: float) -> Tensor:
+    """Add to coast[t], for each t before the step of ``clock``,
 
         lr r^(step - t) sqrt(1 - beta2^step) / (1 - beta1^step)
 
     Only its first step + 1 places mean something. Kept for every t, not as a window of recent learning rates:
     a row long idle moved mostly right after its last touch. Sums end where the terms have vanished, or the
-    decayed sqrt v has sunk to eps, which then holds the row still. On a CPU the table doubles as it fills;
-    elsewhere the host doesn't look at the step, and the table has room for all.
+    decayed sqrt v has sunk to eps, which then holds the row still.
     """
-    if coast is None:
-        coast = clock.new_zeros(256 if _on_host(clock) else GPU_STEPS)
     r = beta1 / math.sqrt(beta2) if beta2 else 0.0
     reach: float = math.inf if r else 0
     if 0 < r < 1:
@@ -350,10 +365,8 @@ def _extend_coast(coast: Tensor | None, clock: Tensor, beta1: float, beta2: floa
     if r and 0 < eps < 1:
         reach = min(reach, math.ceil(2 * math.log(eps) / math.log(beta2)))
     first, last = 0, len(coast)
-    if _on_host(clock):
+    if _on_host(clock):  # elsewhere all places are gone through, rather than ask for the step
         last = int(clock[0])
-        if last >= len(coast):
-            coast = torch.nn.functional.pad(coast, (0, 2 * last - len(coast)))
         first = last - int(min(reach, last))
     age = clock[0] - torch.arange(first, last, dtype=torch.float64, device=clock.device)
     owed = torch.where((age >= 1) & (age <= reach), r**age, 0)

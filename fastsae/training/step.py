@@ -35,8 +35,8 @@ def train_step(
     """Take one optimizer step on the batch ``x`` [..., d_in].
 
     Equal to ``training_forward(x, target).loss.backward()``, ``constrain_gradients_()``, ``opt.step()`` and
-    ``constrain_weights_()`` in ``train()`` mode, to rounding. A batch that holds, or leads to, NaN or Inf
-    changes no weight, state or counter.
+    ``constrain_weights_()`` in ``train()`` mode, to rounding; but inputs are cast to the weights' dtype and
+    autocast doesn't apply. A batch that holds, or leads to, NaN or Inf changes no weight, state or counter.
 
     Args:
         sae: the dictionary, whose counters and thresholds move with it.
@@ -54,6 +54,7 @@ def train_step(
     sae.check_batch(x, target)
     if x.numel() == 0:
         reject("x", f"shape {tuple(x.shape)}", "at least one token")
+    x, target = x.to(sae.W_enc.dtype), None if target is None else target.to(sae.W_dec.dtype)
     was_training = sae.training
     sae.train()
     try:
@@ -68,9 +69,10 @@ def _first_step(
     sae: SAE, opt: RowAdam, x: Tensor, target: Tensor | None, multipliers: dict[str, float]
 ) -> dict[str, Tensor]:
     """A step whose batch sets the scale of the input as well, unless it is skipped; here the host waits."""
-    sae.norm_scale.fill_(1)
     if x.isfinite().all():
-        sae.estimate_norm_scale_(x, again=True)
+        sae.estimate_norm_scale_(x)
+    else:
+        sae.norm_scale.fill_(1)
     metrics = _step(sae, opt, x, target, multipliers)
     if metrics["skipped"]:
         sae.unset_norm_scale_()
@@ -80,20 +82,17 @@ def _first_step(
 def _step(
     sae: SAE, opt: RowAdam, x: Tensor, target: Tensor | None, multipliers: dict[str, float]
 ) -> dict[str, Tensor]:
-    """One step, queued on the device without the host learning any result of it (TopK and BatchTopK)."""
-    forward = _forward(sae, x, target, multipliers)
-    proceed = forward.is_finite(sae)
+    """One step, queued on the device; with Triton, and TopK or BatchTopK, the host learns no result of it."""
+    finite = x.isfinite().all()
+    # NaN ranks first, so that with it every latent may count as active, which nothing has room for
+    forward = _forward(sae, torch.where(finite, x, 0), target, multipliers)
+    proceed = finite & forward.is_finite(sae)
     sae.count_firing_(forward.code, proceed)
     opt.begin_step_(proceed)
     weights = (sae.W_enc, sae.b_enc, sae.W_dec)
-    arguments = opt.row_arguments(weights)
-    states = (
-        state if weight.requires_grad else []
-        for weight, state in zip(weights, arguments.pop("states"), strict=True)
-    )
     pull = _ops.row_step(
-        *weights, *states, *arguments.values(), sae.config.unit_norm_decoder, forward.values,
-        forward.indices, forward.offsets, forward.x, forward.error, forward.scale, forward.l1,
+        *weights, *opt.row_arguments(weights), sae.config.unit_norm_decoder, forward.values, forward.indices,
+        forward.offsets, forward.x, forward.error, forward.scale, forward.l1,
         resolve(sae.backend, sae.W_enc),
     )  # fmt: skip
     if sae.b_dec.requires_grad:
@@ -153,7 +152,9 @@ class _Forward:
             at_entry * len(self.values) * (_largest(self.x) + 1),
             at_decoder * len(self.error),
         ]
-        return torch.stack([*self.terms.values(), *(bound.square() for bound in bounds)]).isfinite().all()
+        numbers = torch.stack([*self.terms.values(), *(bound.square() for bound in bounds)])
+        kept = self.squares.amax().sqrt() <= torch.finfo(self.error.dtype).max  # the error, when rounded
+        return numbers.isfinite().all() & kept
 
 
 def _largest(t: Tensor) -> Tensor:
@@ -237,6 +238,9 @@ def _append_auxk(
 
 def _check_optimizer(sae: SAE, opt: RowAdam) -> None:
     check_type("opt", opt, RowAdam, "a RowAdam (other optimizers take the ordinary loop)")
+    backends = {resolve(sae.backend, sae.W_enc), resolve(sae.backend, sae.W_dec)}
+    if backends != {resolve(opt.backend, sae.W_enc)}:
+        reject("opt", f"one on backend {opt.backend!r}", f"{sae.backend!r}, the backend of sae")
     groups = {id(p): group for group in opt.param_groups for p in group["params"]}
     learning = {id(p) for p in sae.parameters() if p.requires_grad}
     if not learning <= groups.keys():

@@ -17,8 +17,8 @@ one kernel the two need over 190 registers.
 Bytes: P * D elements of error and as many of x, in part from the L2, and 24 an element of each active row
 (fp32 weights and moments): at P = 524,288, D = 4096 and 131k latents 8.6 GB of tokens in half precision and
 26 GB of rows. 6 FLOPs an element of a token, some 30 of a row: bandwidth decides. BLOCK_J tokens are asked
-for at once, and the next ones' names before the products are reduced. Runs longer than SPLIT are summed in
-pieces (see row_grads).
+for at once, and the next ones' names before the products are reduced. Runs longer than a chunk are summed
+in pieces (see row_grads).
 """
 
 from __future__ import annotations
@@ -114,26 +114,25 @@ def _walk(
 
 @triton.jit
 def decoder_step_kernel(
-    w_ptr, rows_ptr, starts_ptr, owner_ptr, entries, parts_ptr, sums_ptr, db_ptr, state, hyper,
-    R, M, D, N, SPLIT, l1, PIECES: tl.constexpr, UNIT_NORM: tl.constexpr,
+    w_ptr, rows_ptr, starts_ptr, owner_ptr, split_ptr, entries, parts_ptr, sums_ptr, db_ptr, state, hyper,
+    R, M, D, N, l1, DEC: tl.constexpr, PIECES: tl.constexpr, UNIT_NORM: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Row pid of the R that rows_ptr names (below M; None: all), into w, its ``state`` and db [M].
 
-    With PIECES instead slot pid of parts [slots, D] and sums [slots, 2]. state is row_update's, or None
-    where w stays: then there are no parts.
+    With PIECES instead slot pid of parts [slots, D] and sums [slots, 2]. state is row_update's; without DEC
+    w stays, and there are no parts.
     """
-    pid = tl.program_id(0).to(tl.int64)
-    DEC: tl.constexpr = state is not None
+    pid, split = tl.program_id(0).to(tl.int64), tl.load(split_ptr)
     if PIECES:
-        r, first, last = piece(pid, owner_ptr, starts_ptr, R, SPLIT)
+        r, first, last = piece(pid, owner_ptr, starts_ptr, R, split)
         if first == last:
             return
         slot, stop = pid, pid
     else:
         r = pid
         first, last = tl.load(starts_ptr + r), tl.load(starts_ptr + r + 1)
-        slot, stop = pieces_of(first, last, SPLIT)
+        slot, stop = pieces_of(first, last, split)
     active = first < last
     row = r
     if rows_ptr is not None:
@@ -168,25 +167,25 @@ def decoder_step_kernel(
 
 @triton.jit
 def encoder_step_kernel(
-    w_ptr, rows_ptr, starts_ptr, tokens_ptr, d_pre_ptr, x_ptr, parts_ptr, db_ptr, pull_ptr, state, hyper,
-    R, M, D, SPLIT, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    w_ptr, rows_ptr, starts_ptr, split_ptr, tokens_ptr, d_pre_ptr, x_ptr, parts_ptr, db_ptr, pull_ptr, state,
+    hyper, R, M, D, ENC: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A slice of rows pid, pid + programs, ... of the R that rows_ptr names (below M; None: all); pull[pid].
 
-    state is row_update's, or None where w stays. parts: row_grads' of d_pre and x.
+    state is row_update's; without ENC w stays. parts: row_grads' of d_pre and x.
     """
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
+    mask_d, split = offs_d < D, tl.load(split_ptr)
     pull = tl.zeros((BLOCK_D,), tl.float32)
     for r in range(tl.program_id(0).to(tl.int64), R, tl.num_programs(0)):
         row = r if rows_ptr is None else tl.load(rows_ptr + r)
         if row < M:
             w = tl.load(w_ptr + row * D + offs_d, mask=mask_d, other=0).to(tl.float32)
-            if state is not None:
+            if ENC:
                 start, end = tl.load(starts_ptr + r), tl.load(starts_ptr + r + 1)
-                g = run_sum(d_pre_ptr, x_ptr, tokens_ptr, parts_ptr, start, end, D, SPLIT, offs_d, BLOCK_J)
+                g = run_sum(d_pre_ptr, x_ptr, tokens_ptr, parts_ptr, start, end, D, split, offs_d, BLOCK_J)
             pull += tl.load(db_ptr + row) * w
-            if state is not None:
+            if ENC:
                 rows = row + tl.zeros((1,), tl.int64)
                 adam_rows(
                     w[None, :], g[None, :], w_ptr, rows, offs_d, rows == row, D, state, hyper, True, False

@@ -96,6 +96,7 @@ def adam_rows(
     if UNIT_NORM:
         length = tl.maximum(tl.sqrt(tl.sum(w * w, axis=1)), 1e-12)
         w /= length[:, None]
+    tl.debug_barrier()  # all warps have read last_step, and the row, before any of them writes
     tl.store(m_ptr + places, m.to(m_ptr.dtype.element_ty), mask=mask)
     tl.store(v_ptr + places, v.to(v_ptr.dtype.element_ty), mask=mask)
     tl.store(w_ptr + places, w.to(w_ptr.dtype.element_ty), mask=mask)

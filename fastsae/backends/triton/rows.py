@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastsae.backends.torch import transpose
 from fastsae.backends.triton.support import architecture, launch, tuned
-from fastsae.checks import reject
 from fastsae.kernels import row_grads as _row_grads
 from fastsae.kernels import row_step as _row_step
 from fastsae.kernels import row_update as _row_update
@@ -44,17 +43,20 @@ def _launch_row_grads(programs, pieces, coefs, x, starts, tokens, owner, parts, 
         width = slice_width(d, config.most_columns)
         launch(
             _row_grads.row_grads_kernel, (programs, -(-d // width)),
-            coefs, x, starts, tokens, owner, parts, out, starts.shape[0] - 1, d, split, PIECES=pieces,
+            coefs, x, starts, tokens, owner, split, parts, out, starts.shape[0] - 1, d, PIECES=pieces,
             BLOCK_J=config.BLOCK_J, BLOCK_D=width, num_warps=max(1, width // config.warp_columns),
         )  # fmt: skip
 
     tuned(_row_grads.CONFIGS, _row_grads.TRIALS, x, d, run)
 
 
-def _pieces(starts: Tensor, n_entries: int) -> tuple[Tensor, int, int]:
-    """The run of each chunk's first place (see the kernel file), places a chunk, and slots in all."""
-    split = max(_row_grads.SPLIT, triton.next_power_of_2(-(-n_entries // _row_grads.CHUNKS)))
-    chunks = -(-n_entries // split)
+def _pieces(starts: Tensor, n_entries: int) -> tuple[Tensor, Tensor, int]:
+    """The run of each chunk's first place (see the kernel file), places a chunk (0-dim), and slots in all.
+
+    A code may have room for many more entries than it has: chunks divide those in use.
+    """
+    chunks = min(_row_grads.CHUNKS, -(-n_entries // _row_grads.SPLIT))
+    split = (-(-starts[-1] // max(chunks, 1))).clamp_min(_row_grads.SPLIT)
     firsts = torch.arange(chunks + 1, device=starts.device) * split
     return torch.searchsorted(starts, firsts, right=True) - 1, split, 2 * chunks
 
@@ -75,7 +77,6 @@ def row_update(
 ) -> None:
     """See :func:`fastsae.backends.reference.row_update`. Reads the clock on the GPU; rows up to WIDEST."""
     m, d = weight.shape
-    _check_width("weight", d)
     n_rows = m if rows is None else rows.shape[0]
     config = choose(_row_update.CONFIGS, architecture(weight.device), d)
     block_d = triton.next_power_of_2(max(d, 1))
@@ -110,7 +111,6 @@ def row_step(
 ) -> Tensor:
     """See :func:`fastsae.backends.reference.row_step`. Gradients stay in registers; long runs' in pieces."""
     (m, d_in), d_out, n = W_enc.shape, W_dec.shape[1], x.shape[0]
-    _check_width("W_dec", d_out)
     latents, starts, tokens, order = transpose(values, indices, offsets, m)
     owner, split, slots = _pieces(starts, tokens.shape[0])
     # the encoder's slices of a row each read last_step, and each write it
@@ -138,9 +138,9 @@ def row_step(
         n_rows = firsts.shape[0] - 1
         launch(
             _row_step.decoder_step_kernel, (slots if pieces else n_rows,),
-            W_dec, rows, firsts, owner, entries, parts, sums, db,
+            W_dec, rows, firsts, owner, split, entries, parts, sums, db,
             dec, _hyper(betas[4], betas[5], eps[2]),
-            n_rows, m, d_out, n, split, l1, PIECES=pieces, UNIT_NORM=unit_norm, **blocks,
+            n_rows, m, d_out, n, l1, DEC=dec is not None, PIECES=pieces, UNIT_NORM=unit_norm, **blocks,
         )  # fmt: skip
 
     if error.shape[0] > n:
@@ -154,9 +154,9 @@ def row_step(
     pull = empty(programs, d_in)
     launch(
         _row_step.encoder_step_kernel, (programs, -(-d_in // width)),
-        W_enc, rows, firsts, tokens, d_pre, x, parts, db, pull,
+        W_enc, rows, firsts, split, tokens, d_pre, x, parts, db, pull,
         enc, _hyper(betas[0], betas[1], eps[0]),
-        n_rows, m, d_in, split,
+        n_rows, m, d_in, ENC=enc is not None,
         BLOCK_J=config.BLOCK_J, BLOCK_D=width, num_warps=max(1, width // config.warp_columns),
     )  # fmt: skip
     if bias_state:
@@ -173,10 +173,3 @@ def _hyper(beta1: float, beta2: float, eps: float) -> tuple[float, ...]:
     """What the kernels take of Adam's constants: 1 - beta and log2 beta are lost if fp32 computes them."""
     logs = [math.log2(beta) if beta else -1e30 for beta in (beta1, beta2)]  # 0 * -1e30 is 0, and 0^0 is 1
     return beta1, 1 - beta1, logs[0], beta2, 1 - beta2, logs[1], eps
-
-
-def _check_width(name: str, width: int) -> None:
-    if width > _row_update.WIDEST:
-        reject(
-            name, f"rows of {width}", f"at most {_row_update.WIDEST}: a kernel holds a whole row in registers"
-        )

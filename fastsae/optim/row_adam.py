@@ -206,7 +206,8 @@ class RowAdam(torch.optim.Optimizer):
         Returns their states (exp_avg, exp_avg_sq, last_step; empty for a frozen one), then ``coasts``,
         ``clocks``, ``betas``, ``eps`` and ``every_row``.
         """
-        states, coasts, clocks, betas, eps, every_row = [], [], [], [], [], []
+        states, coasts, clocks, eps, every_row = [], [], [], [], []
+        betas: list[float] = []
         for param in params:
             group = self._group(param) if param.requires_grad else None
             state = {} if group is None else self._state(param)

@@ -164,6 +164,8 @@ class RowAdam(torch.optim.Optimizer):
             # on the device, where a graph can count it; a number at first, and where an older state had one
             steps = torch.as_tensor(group["steps"], dtype=torch.int64, device=group["params"][0].device)
             group["steps"], (beta1, beta2) = steps, group["betas"]
+            if group["coast"] is not None:
+                group["coast"] = group["coast"].to(steps.device)
             go = steps.new_ones(()) if proceed is None else proceed.to(steps)
             steps += go
             t = steps.clamp_min(1).double()
@@ -340,10 +342,9 @@ def _touched(grad: Tensor, dense: bool) -> tuple[Tensor | None, Tensor]:
 
 
 def _room(coast: Tensor | None, clock: Tensor, n_steps: int) -> Tensor:
-    """The coast table, where the clock is, with room for ``n_steps``: the same one if it has it."""
+    """The coast table with room for ``n_steps``: the same one if it has it."""
     if coast is None:
         coast = clock.new_zeros(0)
-    coast = coast.to(clock.device)
     least = 256 if _on_host(clock) else GRAPH_STEPS
     if len(coast) > n_steps and len(coast) >= least:
         return coast

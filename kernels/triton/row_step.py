@@ -175,7 +175,7 @@ def encoder_step_kernel(
     state is row_update's; without ENC w stays. parts: row_grads' of d_pre and x.
     """
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_d, split = offs_d < D, tl.load(split_ptr)
+    mask_d = offs_d < D
     pull = tl.zeros((BLOCK_D,), tl.float32)
     for r in range(tl.program_id(0).to(tl.int64), R, tl.num_programs(0)):
         row = r if rows_ptr is None else tl.load(rows_ptr + r)
@@ -183,6 +183,7 @@ def encoder_step_kernel(
             w = tl.load(w_ptr + row * D + offs_d, mask=mask_d, other=0).to(tl.float32)
             if ENC:
                 start, end = tl.load(starts_ptr + r), tl.load(starts_ptr + r + 1)
+                split = tl.load(split_ptr)  # here, for want of a register
                 g = run_sum(d_pre_ptr, x_ptr, tokens_ptr, parts_ptr, start, end, D, split, offs_d, BLOCK_J)
             pull += tl.load(db_ptr + row) * w
             if ENC:

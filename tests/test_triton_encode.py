@@ -125,6 +125,14 @@ def test_a_chunk_that_does_not_fit_is_replayed(small, lists, name, replayed):
     assert lists[0].replays.gt(0).tolist() == [replayed] * n
 
 
+def test_a_replay_loses_nothing_between_scores(small, lists):
+    p = adversarial("ascending", 2, 5, 100, 5)
+    p.W_enc[:, 0] = 1 + torch.arange(100) / 1024
+    args, code = run(p, "topk", 5)
+    assert lists[0].replays.gt(0).all()
+    assert_same_code(SparseCode(*code, 100), SparseCode(*exact(args), 100))
+
+
 def test_the_threshold_rises_and_few_candidates_pass(small, monkeypatch, lists):
     passed = []
     original = encode.launch

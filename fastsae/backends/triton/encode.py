@@ -135,7 +135,7 @@ class _TopList:
         self.values = torch.empty(n, self.capacity, dtype=torch.float32, device=device)
         self.columns = torch.empty(n, self.capacity, dtype=torch.int32, device=device)
         self.count = torch.zeros(n, dtype=torch.int32, device=device)
-        self.tau = torch.full((n,), torch.nan, device=device)  # every score passes
+        self.tau = torch.empty(n, dtype=torch.float32, device=device)  # from the first chunk
         self.replays = torch.zeros(n, dtype=torch.int32, device=device)
         self.n_allowed = None if allowed is None else allowed.sum()
 

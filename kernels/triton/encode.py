@@ -8,8 +8,9 @@ TopK. tau[n] is a lower bound on the k-th best score of row n so far.
     seed     tau from the first chunk: the k-th largest of strided column maxima
     append   scores > tau go to the row's candidates; streams the chunk once (4 n width bytes), compares one
              number per score, and branches on blocks of columns that hold a hit
-    settle   where the candidates would have overflown: replay the chunk, cutting back to k whenever they are
-             full; then cut back to k and raise tau. Apart from append, which would lose its occupancy
+    replay   where the candidates would have overflown: the chunk once more, cutting back to k whenever they
+             are full. Seldom needed, and apart from append, which would lose its occupancy
+    tighten  cut back to k and raise tau, once a chunk
     finish   order the k candidates, apply the ReLU
 Exact for any input: a score is dropped only if k candidates at or above it are kept.
 
@@ -35,9 +36,10 @@ __all__ = [
     "histogram",
     "merge",
     "pick",
+    "replay",
     "seed",
-    "settle",
     "tally",
+    "tighten",
 ]
 
 
@@ -146,39 +148,51 @@ def _tighten(val_ptr, idx_ptr, row, count, K, CAPACITY: tl.constexpr):
 
 
 @triton.jit
-def settle(
+def replay(
     scores_ptr, bias_ptr, allowed_ptr, n_allowed_ptr, tau_ptr, val_ptr, idx_ptr, count_ptr, replays_ptr, lo,
     width, K, HAS_BIAS: tl.constexpr, HAS_ALLOWED: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Replay the chunk where it didn't fit (CAPACITY >= K + BLOCK); then keep K candidates and raise tau."""
+    """Append once more where the chunk didn't fit, cutting back to K before it overflows again.
+
+    CAPACITY >= K + BLOCK.
+    """
     pid_n = tl.program_id(0).to(tl.int64)
     if HAS_ALLOWED:
         if tl.load(n_allowed_ptr) == 0:
             return
+    count = tl.load(count_ptr + pid_n)
+    if count >= 0:
+        return
     row, offs = pid_n * CAPACITY, tl.arange(0, BLOCK)
-    tau, count = tl.load(tau_ptr + pid_n), tl.load(count_ptr + pid_n)
-    if count < 0:
-        tl.store(replays_ptr + pid_n, tl.load(replays_ptr + pid_n) + 1)
-        count = -1 - count
-        for start in range(0, width, BLOCK):
-            column = start + offs
-            score = _scores(scores_ptr, bias_ptr, pid_n * width, column, width, HAS_BIAS)
-            exists = _allowed(allowed_ptr, column, width, HAS_ALLOWED)
+    tau, count = tl.load(tau_ptr + pid_n), -1 - count
+    tl.store(replays_ptr + pid_n, tl.load(replays_ptr + pid_n) + 1)
+    for start in range(0, width, BLOCK):
+        column = start + offs
+        score = _scores(scores_ptr, bias_ptr, pid_n * width, column, width, HAS_BIAS)
+        exists = _allowed(allowed_ptr, column, width, HAS_ALLOWED)
+        hit = ~(score <= tau) & exists
+        if count + tl.sum(hit.to(tl.int32)) > CAPACITY:
+            tau = _tighten(val_ptr, idx_ptr, row, count, K, CAPACITY)
+            count = tl.minimum(count, K)
             hit = ~(score <= tau) & exists
-            if count + tl.sum(hit.to(tl.int32)) > CAPACITY:
-                tau = _tighten(val_ptr, idx_ptr, row, count, K, CAPACITY)
-                count = tl.minimum(count, K)
-                hit = ~(score <= tau) & exists
-            slot = row + count + tl.cumsum(hit.to(tl.int32)) - 1
-            tl.store(val_ptr + slot, score, mask=hit)
-            tl.store(idx_ptr + slot, lo + column, mask=hit)
-            tl.debug_barrier()
-            count += tl.sum(hit.to(tl.int32))
-    if count >= K:
-        tau = _tighten(val_ptr, idx_ptr, row, count, K, CAPACITY)
-        count = tl.minimum(count, K)
+        slot = row + count + tl.cumsum(hit.to(tl.int32)) - 1
+        tl.store(val_ptr + slot, score, mask=hit)
+        tl.store(idx_ptr + slot, lo + column, mask=hit)
+        tl.debug_barrier()  # another thread may load them
+        count += tl.sum(hit.to(tl.int32))
     tl.store(tau_ptr + pid_n, tau)
     tl.store(count_ptr + pid_n, count)
+
+
+@triton.jit
+def tighten(tau_ptr, val_ptr, idx_ptr, count_ptr, K, CAPACITY: tl.constexpr):
+    """Keep K candidates, and raise tau to the worst of them."""
+    pid_n = tl.program_id(0).to(tl.int64)
+    count = tl.load(count_ptr + pid_n)
+    if count < K:
+        return
+    tl.store(tau_ptr + pid_n, _tighten(val_ptr, idx_ptr, pid_n * CAPACITY, count, K, CAPACITY))
+    tl.store(count_ptr + pid_n, tl.minimum(count, K))
 
 
 @triton.jit

@@ -157,10 +157,12 @@ class _TopList:
             kernels.append, (n,), *source, *kept, chunk.column, width, **flags,
             num_warps=self.config.num_warps,
         )  # fmt: skip
+        warps = max(1, min(16, self.capacity // 512))
         launch(
-            kernels.settle, (n,), *source, *kept, self.replays[mine], chunk.column, width, self.k, **flags,
-            num_warps=max(1, min(16, self.capacity // 512)),
+            kernels.replay, (n,), *source, *kept, self.replays[mine], chunk.column, width, self.k, **flags,
+            num_warps=warps,
         )  # fmt: skip
+        launch(kernels.tighten, (n,), tau, *kept, self.k, CAPACITY=self.capacity, num_warps=warps)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """values, indices, offsets; best first, or in the order of latents where only some are allowed."""

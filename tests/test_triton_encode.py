@@ -185,3 +185,21 @@ def test_fp32_products_are_true_whatever_the_user_allows():
         assert matmul.fp32_precision == "tf32"
     finally:
         matmul.fp32_precision = before
+
+
+def test_the_fused_encode_is_taken_where_it_was_measured_faster(monkeypatch):
+    taken = []
+    monkeypatch.setattr(encode, "encode_topk_fused", lambda x, W, b, k: taken.append(W.shape))
+    p = problem(2, 8, 100)
+    for fused, rule, expected in (
+        ({}, "topk", False),
+        ({90: (8, 100)}, "topk", True),
+        ({90: (8, 100)}, "batchtopk", False),
+        ({90: (7, 100)}, "topk", False),
+        ({90: (8, 101)}, "topk", False),
+        ({80: (8, 100)}, "topk", False),
+    ):
+        monkeypatch.setattr(encode, "FUSED", fused)
+        taken.clear()
+        encode.encode(*p.encoder, None, None, rule, 3)
+        assert bool(taken) == expected, (fused, rule)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsae.benchmarks import tables
+from fastsae.checks import FastSAEError
 
 _COLUMNS = ("op", "backend", "N", "D", "M", "k", "p50_ms", "p20_ms", "p80_ms", "ratio_to_gemm", "peak_mib")
 _COMPILE_COLUMNS = (
@@ -37,7 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
     table.add_argument("--check", action="store_true", help="only say whether it is up to date")
     table.set_defaults(run=_run_table)
     args = parser.parse_args(arguments)
-    return args.run(args)
+    try:
+        return args.run(args)
+    except FastSAEError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def _run_suite(args: argparse.Namespace) -> int:

@@ -67,7 +67,7 @@ def run_gpu(path: Path | None, budget: float) -> int:
     without a CUDA device.
     """
     if not torch.cuda.is_available():
-        reject("suite", "'gpu' on a machine without a CUDA device", "'quick'")
+        reject("suite", "'gpu' on a machine without a CUDA device", "an NVIDIA GPU (or 'quick', on a CPU)")
     deadline = time.monotonic() + budget
     if _run_tests():
         print("the GPU tests are not green: no figures")

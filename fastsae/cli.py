@@ -218,7 +218,8 @@ def bench(
     """
     from fastsae.benchmarks.__main__ import main as run_benchmarks
 
-    run_benchmarks(["--suite", suite, *(["--json", str(json_path)] if json_path else [])])
+    if code := run_benchmarks(["--suite", suite, *(["--json", str(json_path)] if json_path else [])]):
+        raise SystemExit(code)
 
 
 def _run(options: dict[str, Any], resume: bool) -> None:

@@ -24,6 +24,7 @@ def timed(monkeypatch):
 
     monkeypatch.setattr(support, "_milliseconds", milliseconds)
     monkeypatch.setattr(support, "_FASTEST", {})
+    monkeypatch.setattr(support, "interpreting", lambda: False)
     return calls
 
 
@@ -57,7 +58,14 @@ def test_each_width_and_dtype_is_timed_once(timed, monkeypatch):
 
 def test_the_fastest_is_taken(monkeypatch):
     monkeypatch.setattr(support, "_FASTEST", {})
+    monkeypatch.setattr(support, "interpreting", lambda: False)
     monkeypatch.setenv("FASTSAE_AUTOTUNE", "1")
     times = {"table": 3.0, "a": 1.0, "b": 2.0}
     monkeypatch.setattr(support, "_milliseconds", lambda call: times[call()])
     assert support.tuned({(80, 64): "table"}, ("a", "b"), torch.ones(1), 8, lambda config: config) == "a"
+
+
+def test_the_interpreter_is_not_timed(monkeypatch):
+    monkeypatch.setenv("FASTSAE_AUTOTUNE", "1")
+    monkeypatch.setattr(support, "_milliseconds", lambda call: pytest.fail("timed"))
+    decode()

@@ -10,6 +10,7 @@ import torch
 from fastsae import SAE, ReLU, SAEConfig, TopK
 from fastsae.optim import RowAdam, row_adam
 from fastsae.testing import assert_repeatable, assert_same
+from fastsae.training import train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -524,3 +525,30 @@ def test_odd_groups_and_rates():
         param.grad = torch.ones(3, 2)
         optimizer.step()
     assert_same(twin.detach(), params[1].detach())
+
+
+@pytest.mark.parametrize("other", [(5, 2), (3, 3)], ids=str)
+def test_a_state_of_another_size_is_refused(other):
+    states = []
+    for shape in ((3, 2), other):
+        param = torch.nn.Parameter(torch.ones(shape))
+        optimizer = RowAdam([param], 0.01)
+        param.grad = torch.ones(shape)
+        optimizer.step()
+        states.append(optimizer.state_dict())
+    before = optimizer.row_steps(param).clone()
+    with pytest.raises(ValueError, match=r"state_dict: got exp_avg of parameter 0: \(3, 2\), expected"):
+        optimizer.load_state_dict(states[0])
+    with pytest.raises(ValueError, match="state_dict: got exp_avg of parameter 0: nothing"):
+        optimizer.load_state_dict({**states[1], "state": {0: {"step": torch.ones(())}}})
+    assert_same(optimizer.row_steps(param), before)
+
+
+def test_a_scheduler_beside_the_fused_step_does_not_warn():
+    sae = SAE(SAEConfig(4, 8, TopK(2)))
+    optimizer = RowAdam(sae, 0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    for _ in range(3):
+        train_step(sae, optimizer, torch.ones(4, 4).cumsum(0))
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] < 0.01

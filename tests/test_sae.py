@@ -383,8 +383,14 @@ def test_batchtopk_threshold_is_a_running_mean_of_the_smallest_positive_value():
         assert values.min() == 0  # so many are kept that some aren't positive
         smallest.append(values[values > 0].min().item())
     expected = smallest[0]
-    for value in smallest[1:]:
-        expected = 0.999 * expected + 0.001 * value
+    for t, value in enumerate(smallest[1:], start=1):
+        decay = (t + 1) / (t + 10)
+        expected = decay * expected + (1 - decay) * value
+    assert sae.threshold.item() == pytest.approx(expected, rel=1e-6)
+    sae_threshold = expected
+    sae.tokens_seen.fill_(10**6 * N)
+    value = sae.training_forward(data(N, D, seed=4)).code.values
+    expected = 0.999 * sae_threshold + 0.001 * value[value > 0].min().item()
     assert sae.threshold.item() == pytest.approx(expected, rel=1e-6)
     before = sae.threshold.clone()
     with torch.no_grad():

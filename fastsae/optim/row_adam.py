@@ -135,11 +135,17 @@ class RowAdam(torch.optim.Optimizer):
         return self._state(param)["last_step"]
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restore what ``state_dict()`` gave, every tensor in the dtype it was saved in."""
+        """Restore what ``state_dict()`` gave, every tensor in the dtype it was saved in.
+
+        Raises ValueError at states of other shapes, before anything is changed.
+        """
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, state in state_dict["state"].items():
+            if index < len(params):
+                _check_state(index, state, params[index])
         super().load_state_dict(state_dict)
         # torch casts all states to their parameter's dtype, which would ruin counters and fp32 moments of
         # bf16 weights
-        params = [param for group in self.param_groups for param in group["params"]]
         for index, state in state_dict["state"].items():
             param = params[index]
             self.state[param] = {name: t.to(param.device, copy=True) for name, t in state.items()}
@@ -197,6 +203,7 @@ class RowAdam(torch.optim.Optimizer):
 
     def end_step_(self) -> None:
         """Add this step's learning rate to what idle rows owe."""
+        self._opt_called = True  # what torch's schedulers look for, that warn of an optimizer not yet stepped
         for group in self.param_groups:
             if group["mode"] == "deferred" and (clock := self._clocks.get(id(group))) is not None:
                 coast, (beta1, beta2) = _room(group["coast"], clock, self._most_steps), group["betas"]
@@ -314,6 +321,14 @@ def _groups(params: nn.Module | Iterable) -> Iterable:
 def _coast_of(group: dict) -> Tensor | None:
     """The coast table of a deferred group; none before its second step, when no row owes anything."""
     return group["coast"] if group["mode"] == "deferred" else None
+
+
+def _check_state(index: int, state: dict[str, Tensor], param: Tensor) -> None:
+    shapes = {"exp_avg": param.shape, "exp_avg_sq": param.shape, "last_step": param.shape[:1] or (1,)}
+    for name, shape in shapes.items():
+        got = tuple(state[name].shape) if name in state else "nothing"
+        if got != tuple(shape):
+            reject("state_dict", f"{name} of parameter {index}: {got}", f"{tuple(shape)}")
 
 
 def _slicer(grad: Tensor) -> Callable[[int, int], Tensor]:

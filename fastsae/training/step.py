@@ -35,8 +35,8 @@ def train_step(
     """Take one optimizer step on the batch ``x`` [..., d_in].
 
     Equal to ``training_forward(x, target).loss.backward()``, ``constrain_gradients_()``, ``opt.step()`` and
-    ``constrain_weights_()`` in ``train()`` mode, to rounding; but inputs are cast to the weights' dtype and
-    autocast doesn't apply. A batch that holds, or leads to, NaN or Inf changes no weight, state or counter.
+    ``constrain_weights_()`` in ``train()`` mode, to rounding; but under autocast only inputs are cast, to the
+    weights' dtype. A batch that holds, or leads to, NaN or Inf changes no weight, state or counter.
 
     Args:
         sae: the dictionary, whose counters and thresholds move with it.

@@ -84,12 +84,12 @@ def tuned(
 ) -> Result:  # fmt: skip
     """``run`` with the table's config for ``width`` columns of ``like``'s dtype on its device.
 
-    With FASTSAE_AUTOTUNE=1, with the fastest of it and ``trials``, timed when first wanted; ``run`` must then
-    bear being repeated.
+    With FASTSAE_AUTOTUNE=1, on a GPU, with the fastest of it and ``trials``, timed when first wanted; ``run``
+    must then bear being repeated.
     """
     arch = architecture(like.device)
     config = choose(table, arch, width)
-    if os.environ.get("FASTSAE_AUTOTUNE", "0") == "1":
+    if os.environ.get("FASTSAE_AUTOTUNE", "0") == "1" and not interpreting():
         key = id(table), arch, width, like.dtype
         if key not in _FASTEST:
             _FASTEST[key] = min((config, *trials), key=lambda c: _milliseconds(lambda: run(c)))

@@ -278,8 +278,8 @@ class SAE(nn.Module):
     def count_firing_(self, code: SparseCode, proceed: Tensor | None = None) -> None:
         """Note a training batch: which latents fired, and BatchTopK's smallest positive value.
 
-        Of the latter the threshold is a running mean, with a decay of 0.999; over fewer than 9000 batches one
-        of (t + 1) / (t + 10) after t of them, so that random weights are soon forgotten.
+        Of the latter the threshold is a running mean, with a decay of 0.999, and of t / (t + 9) at batch t
+        while that is less, so that random weights are soon forgotten.
 
         Nothing is noted where the 0-dim bool ``proceed`` is False, which the host needn't know.
         """
@@ -291,8 +291,8 @@ class SAE(nn.Module):
         self.last_fired.scatter_reduce_(0, torch.where(fired, code.indices, 0).long(), when, "amax")
         if isinstance(self.config.activation, BatchTopK) and len(fired):
             smallest = torch.where(fired, code.values, torch.inf).min().float()
-            before = self.tokens_seen / code.n_tokens - 1  # batches of this size
-            decay = ((before + 1) / (before + 10)).clamp_max(_THRESHOLD_DECAY)
+            batches = self.tokens_seen / code.n_tokens  # as if all were of this size; with this one
+            decay = (batches / (batches + 9)).clamp_max(_THRESHOLD_DECAY)
             moved = decay * self.threshold + (1 - decay) * smallest
             moved = torch.where(self.threshold < 0, smallest, moved)
             self.threshold.copy_(torch.where(smallest < torch.inf, moved, self.threshold))

@@ -465,8 +465,8 @@ def _update_blocks(tensors: Any, latents: Tensor, grad: Callable, every_row: boo
         block = torch.zeros(hi - lo, weight.shape[1], dtype=upcast(weight[:0]).dtype, device=weight.device)
         if last > first:
             block[latents[first:last] - lo] = grad(first, last).to(block.dtype)
-        w, m, v, last = (t[lo:hi] for t in tensors)
-        row_update(w, m, v, last, None, block, *adam)
+        w, m, v, steps = (t[lo:hi] for t in tensors)
+        row_update(w, m, v, steps, None, block, *adam)
 
 
 def _coast_(w, m, v, missed, last, coast, beta1, beta2, eps) -> None:

@@ -105,7 +105,7 @@ class RowAdam(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None:
                     rows, grad = _touched(param.grad, dense=not self._by_rows(param))
-                    self.update_rows_(param, rows, _slicer(grad))
+                    self.update_rows_(param, rows, grad)
         self.end_step_()
         return loss
 
@@ -182,24 +182,23 @@ class RowAdam(torch.optim.Optimizer):
             )
 
     @torch.no_grad()
-    def update_rows_(self, param: Tensor, rows: Tensor | None, grad: Callable[[int, int], Tensor]) -> None:
-        """Step the given rows of ``param`` (ascending int64; None: all); ``grad(lo, hi)`` is the gradient of
-        rows[lo:hi], [hi - lo, ...], and is asked for a block at a time."""
+    def update_rows_(self, param: Tensor, rows: Tensor | None, grad: Tensor) -> None:
+        """Step the given rows of ``param`` (ascending int64; None: all) by their gradients [rows, ...]."""
         group = self._group(param)
         clock = self._clocks[id(group)]
         if rows is None:
             for lo, hi in self._blocks(param):
-                self._update(group, clock, [t[lo:hi] for t in self._tensors(param)], None, grad(lo, hi))
+                self._update(group, clock, [t[lo:hi] for t in self._tensors(param)], None, grad[lo:hi])
         elif group["mode"] == "dense":
             for lo, hi in self._blocks(param):
                 first, last = torch.searchsorted(rows, torch.tensor([lo, hi], device=rows.device)).tolist()
                 block = torch.zeros(hi - lo, *param.shape[1:], dtype=wide_dtype(param), device=param.device)
                 if last > first:
-                    block[rows[first:last] - lo] = grad(first, last).to(block.dtype)
+                    block[rows[first:last] - lo] = grad[first:last].to(block.dtype)
                 self._update(group, clock, [t[lo:hi] for t in self._tensors(param)], None, block)
         else:
             for lo, hi in self._blocks(param, len(rows)):
-                self._update(group, clock, self._tensors(param), rows[lo:hi], grad(lo, hi))
+                self._update(group, clock, self._tensors(param), rows[lo:hi], grad[lo:hi])
 
     def end_step_(self) -> None:
         """Add this step's learning rate to what idle rows owe."""
@@ -215,22 +214,18 @@ class RowAdam(torch.optim.Optimizer):
         Returns their states (exp_avg, exp_avg_sq, last_step; empty for a frozen one), then ``coasts``,
         ``clocks``, ``betas``, ``eps`` and ``every_row``.
         """
-        states, coasts, clocks, eps, every_row = [], [], [], [], []
-        betas: list[float] = []
+        found: list[tuple] = []
         for param in params:
-            group = self._group(param) if param.requires_grad else None
-            state = {} if group is None else self._state(param)
-            states.append([state[name] for name in ("exp_avg", "exp_avg_sq", "last_step") if state])
-            coasts.append(None if group is None else _coast_of(group))
-            clocks.append(
-                torch.zeros(4, dtype=torch.float64, device=param.device)
-                if group is None
-                else self._clocks[id(group)]
-            )
-            betas += (0.0, 0.0) if group is None else group["betas"]
-            eps.append(0.0 if group is None else group["eps"])
-            every_row.append(group is not None and group["mode"] == "dense")
-        return *states, coasts, clocks, betas, eps, every_row
+            if not param.requires_grad:
+                unused = torch.zeros(4, dtype=torch.float64, device=param.device)
+                found.append(([], None, unused, (0.0, 0.0), 0.0, False))
+                continue
+            group, state = self._group(param), self._state(param)
+            tensors = [state[name] for name in ("exp_avg", "exp_avg_sq", "last_step")]
+            clock, dense = self._clocks[id(group)], group["mode"] == "dense"
+            found.append((tensors, _coast_of(group), clock, group["betas"], group["eps"], dense))
+        states, coasts, clocks, betas, eps, every_row = map(list, zip(*found, strict=True))
+        return *states, coasts, clocks, [beta for pair in betas for beta in pair], eps, every_row
 
     def _group(self, param: Tensor) -> dict:
         for group in self.param_groups:
@@ -329,10 +324,6 @@ def _check_state(index: int, state: dict[str, Tensor], param: Tensor) -> None:
         got = tuple(state[name].shape) if name in state else "nothing"
         if got != tuple(shape):
             reject("state_dict", f"{name} of parameter {index}: {got}", f"{tuple(shape)}")
-
-
-def _slicer(grad: Tensor) -> Callable[[int, int], Tensor]:
-    return lambda lo, hi: grad[lo:hi]
 
 
 def _check_grad(grad: Tensor) -> None:

@@ -100,7 +100,7 @@ def _step(
         grad = (forward.scale[main, None] * forward.error[main]).sum(0)
         if sae.config.subtract_b_dec:
             grad -= pull
-        opt.update_rows_(sae.b_dec, None, lambda lo, hi: grad[lo:hi])
+        opt.update_rows_(sae.b_dec, None, grad)
     opt.end_step_()
     numbers = {
         "loss": torch.stack([*forward.terms.values()]).sum(),

@@ -116,9 +116,8 @@ def row_step(
     # the encoder's slices of a row each read last_step, and each write it
     enc = (*enc_state, enc_state[2].clone(), coasts[0], clocks[0]) if enc_state else None
     dec = (*dec_state, None, coasts[2], clocks[2]) if dec_state else None
-    runs: dict[bool, tuple[Tensor | None, Tensor]] = {
-        False: (latents, starts)
-    }  # rows, and their first places
+    # rows, and their first places; by whether every row is meant
+    runs: dict[bool, tuple[Tensor | None, Tensor]] = {False: (latents, starts)}
     if any(every_row):
         first = torch.searchsorted(latents, torch.arange(m + 1, device=latents.device))
         runs[True] = None, starts[first]

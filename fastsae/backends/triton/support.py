@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -46,12 +46,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_s
     flat = [t for a in args for t in (a if isinstance(a, tuple) else (a,)) if isinstance(t, Tensor)]
     assert all(t.is_contiguous() for t in flat), f"{kernel.__name__} reads tensors as contiguous"
     device = flat[0].device
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            kernel[grid](*args, **constants, **options)
-    else:
-        kernel[grid](*args, **constants, **options)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
 
 
 @torch.no_grad()

@@ -56,6 +56,18 @@ CASES = {
 """Dtypes of the weights and widths of the input: one for each entry of the config tables. Not every
 combination, because fp16 kernels are the bf16 ones but for the type's name, and tables hardly differ by
 architecture."""
+FORMATS = {
+    90: [
+        ("split32", "int8", torch.bfloat16, 768),
+        ("split32", "int8", torch.bfloat16, 4096),
+        ("bfloat16", "int8_row", torch.bfloat16, 768),
+        ("bfloat16", "int8_row", torch.float32, 4096),
+        ("bfloat16", "bfloat16", torch.float32, 768),
+        ("bfloat16", "bfloat16", torch.bfloat16, 4096),
+    ]
+}
+"""Formats of weights and states, the dtype of tokens, and the width: each format of a tensor once at either
+width; not every combination, which differ by loads and stores alone."""
 
 
 @dataclass
@@ -143,7 +155,8 @@ def compile_all(archs: Iterable[int]) -> list[dict[str, Any]]:
     """
     if support.interpreting():
         reject("TRITON_INTERPRET", "1", "0 or unset: interpreted kernels can't be compiled")
-    launches = [launch for arch in archs for launch in record(arch, operator_calls(CASES[arch]))]
+    calls = {arch: operator_calls(CASES[arch], FORMATS.get(arch, ())) for arch in archs}
+    launches = [launch for arch in archs for launch in record(arch, calls[arch])]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Triton works without the interpreter lock
         return list(pool.map(_compile, launches))
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastsae.backends.triton.encode_fused import encode_topk_fused
+from fastsae.formats import new_state
 from fastsae.ops import OPERATORS, implementation, wide_dtype
 
 __all__ = ["FUSED_WIDTH", "operator_calls"]
@@ -20,11 +21,23 @@ M_FUSED = (131_072, 1_048_576)
 FUSED_WIDTH = 1024
 """The widest input that the fused encode is built for."""
 
+FORMAT_OPERATORS = ("decode", "decode_error", "code_grad", "row_update", "row_step")
+"""Those whose kernels depend on how weights or states are held."""
+
 Call = tuple[tuple[str, str, int], Callable[[], Any]]
 
 
-def operator_calls(cases: Iterable[tuple[torch.dtype, int]]) -> Iterator[Call]:
-    """(operator, dtype, width) and a call of the Triton backend, for every operator and variant of it."""
+def operator_calls(
+    cases: Iterable[tuple[torch.dtype, int]], formats: Iterable[tuple[str, str, torch.dtype, int]] = ()
+) -> Iterator[Call]:
+    """(operator, dtype, width) and a call of the Triton backend, for every operator and variant of it.
+
+    ``formats``: of weights and of states, the dtype of tokens beside them, and the width.
+    """
+    for weights, states, dtype, width in formats:
+        for op in FORMAT_OPERATORS:
+            for operands in _operands(op, dtype, width, weights, states):
+                yield (op, f"{weights}/{states}", width), partial(implementation(op, "triton"), *operands)
     for dtype, width in cases:
         name = str(dtype).removeprefix("torch."), width
         for op in OPERATORS:
@@ -35,15 +48,21 @@ def operator_calls(cases: Iterable[tuple[torch.dtype, int]]) -> Iterator[Call]:
             yield ("encode_topk_fused", *name), partial(encode_topk_fused, x, W, b, K)
 
 
-def _operands(op: str, dtype: torch.dtype, d: int) -> Iterator[tuple]:
+def _operands(
+    op: str, dtype: torch.dtype, d: int, weights: str = "float32", states: str = "float32"
+) -> Iterator[tuple]:
     """The arguments of each variant of ``op`` that may launch something of its own."""
-    x, W, b, b_dec = (torch.empty(*shape, dtype=dtype) for shape in ((N, d), (M, d), (M,), (d,)))
-    wide = wide_dtype(x)
-    values, weights = torch.zeros(N * K, dtype=dtype), torch.empty(M, d, dtype=wide)
+    x, W = torch.empty(N, d, dtype=dtype), torch.empty(M, d, dtype=dtype)
+    remainder, bias_dtype, wide = None, dtype, wide_dtype(x)
+    if weights != "float32":
+        W, bias_dtype = W.bfloat16(), torch.float32
+        remainder = torch.empty(M, d, dtype=torch.int16) if weights == "split32" else None
+    b, b_dec = torch.empty(M, dtype=bias_dtype), torch.empty(d, dtype=bias_dtype)
+    values, grad = torch.zeros(N * K, dtype=dtype), torch.empty(M, d, dtype=wide)
     code = values, torch.arange(N * K, dtype=torch.int32), torch.arange(N + 1) * K
-    state = [weights, weights, torch.zeros(M, dtype=torch.int32)]
+    state = new_state(W, states)
     coast, clock = torch.zeros(256, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
-    adam = 0.9, 0.999, 1e-8
+    adam = clock, 0.9, 0.999, 1e-8
     if op == "encode":
         for rule in ("topk", "batchtopk"):
             yield x, W, b, None, None, rule, K
@@ -66,17 +85,17 @@ def _operands(op: str, dtype: torch.dtype, d: int) -> Iterator[tuple]:
         for coefs in (values, values.to(wide)):
             yield coefs, x, torch.arange(N * K + 1), torch.zeros(N * K, dtype=torch.int64)
     elif op == "row_update":
-        rows = torch.arange(0, M, 8)
+        rows, held = torch.arange(0, M, 8), (W, remainder, state)
         for unit_norm in (True, False):
-            yield W, *state, rows, weights[: len(rows)], coast, clock, *adam, unit_norm
-        yield W, *state, None, weights, None, clock, *adam, True
-        yield W, *state, None, None, coast, clock, *adam, True
+            yield *held, rows, grad[: len(rows)], coast, *adam, unit_norm, 0, 0
+        yield *held, None, grad, None, *adam, True, 0, 0
+        yield *held, None, None, coast, *adam, True, 0, 0
     elif op == "row_step":
-        bias = [torch.zeros(M, dtype=wide), torch.zeros(M, dtype=wide), state[2]]
+        bias = new_state(b[:, None], "float32")
         for table, every in ((coast, False), (None, True)):
             yield (
-                W, b, W, state, bias, state, [table] * 3, [clock] * 3, [0.9, 0.999] * 3, [1e-8] * 3,
-                [every] * 3, True, *code, x, x, torch.ones(N, dtype=wide), 0.0,
+                W, b, W, remainder, remainder, state, bias, state, [table] * 3, [clock] * 3, [0.9, 0.999] * 3,
+                [1e-8] * 3, [0] * 3, [every] * 3, True, *code, x, x, torch.ones(N, dtype=wide), 0.0,
             )  # fmt: skip
     else:
         raise LookupError(f"fastsae.benchmarks.launches has no operands for the new operator {op!r}")

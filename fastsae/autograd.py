@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastsae import ops  # noqa: F401  (registers torch.ops.fastsae)
+from fastsae.ops import wide_dtype  # importing it registers torch.ops.fastsae
 
 __all__ = ["Decode", "Encode"]
 
@@ -26,6 +26,7 @@ class Encode(torch.autograd.Function):
         ctx.mark_non_differentiable(indices, offsets)
         ctx.save_for_backward(x, W, values, indices, offsets)
         ctx.backend, ctx.sparse_grad = backend, sparse_grad
+        ctx.bias_dtype = None if b is None else b.dtype
         return values, indices, offsets
 
     @staticmethod
@@ -42,7 +43,8 @@ class Encode(torch.autograd.Function):
                 grad_W = _weight_grad(grad_pre, x, feature_major, W, ctx)
             if needs_b:
                 ones = x.new_ones(x.shape[0], 1)
-                grad_b = _weight_grad(grad_pre, ones, feature_major, W[:, :1], ctx, dense=True).flatten()
+                like = W.new_empty(len(W), 1, dtype=ctx.bias_dtype)
+                grad_b = _weight_grad(grad_pre, ones, feature_major, like, ctx, dense=True).flatten()
         return grad_x, grad_W, grad_b, None, None, None, None, None, None
 
 
@@ -57,6 +59,7 @@ class Decode(torch.autograd.Function):
     def forward(ctx, values, indices, offsets, W, b, backend, sparse_grad):
         ctx.save_for_backward(values, indices, offsets, W)
         ctx.backend, ctx.sparse_grad = backend, sparse_grad
+        ctx.bias_dtype = None if b is None else b.dtype
         return _ops.decode(values, indices, offsets, W, b, backend)
 
     @staticmethod
@@ -72,7 +75,7 @@ class Decode(torch.autograd.Function):
             feature_major = _ops.transpose(values, indices, offsets, W.shape[0], ctx.backend)
             grad_W = _weight_grad(values, grad, feature_major, W, ctx)
         if needs_b:
-            grad_b = grad.sum(0)
+            grad_b = grad.sum(0, dtype=wide_dtype(grad)).to(ctx.bias_dtype)
         return grad_values, None, None, grad_W, grad_b, None, None
 
 

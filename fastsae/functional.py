@@ -41,8 +41,9 @@ def encode(
 
     Args:
         x: [..., d_in]. Differentiable.
-        W_enc: [M, d_in], contiguous, in x's dtype and on its device. Differentiable.
-        b_enc: [M] or None. Differentiable.
+        W_enc: [M, d_in], contiguous, in x's dtype (or in bf16: what is fp32 is then read as it is on a CPU, and
+            rounded for a GPU's GEMM) and on its device. Differentiable.
+        b_enc: [M] or None, in either dtype. Differentiable.
         activation: TopK, BatchTopK, JumpReLU or ReLU.
         threshold: [M] for JumpReLU (its ``threshold`` where None); a scalar for BatchTopK; else None. No
         gradient.
@@ -51,7 +52,7 @@ def encode(
         backend: see :mod:`fastsae.backends`.
 
     Returns:
-        SparseCode over M latents in W_enc's dtype. TopK: min(k, M) entries a token, largest first; where
+        SparseCode over M latents in x's dtype. TopK: min(k, M) entries a token, largest first; where
         fewer are positive the rest hold 0 and get no gradient. Others: indices ascend within a token.
 
     Raises:
@@ -99,13 +100,13 @@ def decode(
 
     Args:
         code: activations of N tokens over M latents; values differentiable.
-        W_dec: [M, d_out], contiguous. Differentiable.
-        b_dec: [d_out] or None. Differentiable.
+        W_dec: [M, d_out], contiguous, in the code's dtype or in bf16. Differentiable.
+        b_dec: [d_out] or None, in either dtype. Differentiable.
         sparse_grad: give W_dec a row-sparse COO gradient.
         backend: see :mod:`fastsae.backends`.
 
     Returns:
-        [*leading, d_out] in the dtype of ``W_dec``.
+        [*leading, d_out] in the dtype of the code.
 
     Raises:
         ValueError: an index outside [0, M), or shapes, dtypes or devices that don't fit.
@@ -117,7 +118,7 @@ def decode(
     _check_weights("W_dec", W_dec, "b_dec", b_dec, W_dec.shape[1:] if isinstance(W_dec, Tensor) else None)
     if code.n_latents != W_dec.shape[0]:
         reject("code", f"a code over {code.n_latents} latents", f"{W_dec.shape[0]}, the rows of W_dec")
-    if values.device != W_dec.device or values.dtype != W_dec.dtype:
+    if values.device != W_dec.device or not _fits(values.dtype, W_dec):
         reject("code", f"{values.dtype} on {values.device}", f"{W_dec.dtype} on {W_dec.device}, as W_dec")
     # elsewhere the check would make the host wait, and a graph has no values to check
     if code.indices.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -128,12 +129,12 @@ def decode(
 
 
 def check_input(name: str, x: Tensor, weight: Tensor, width: int | None = None) -> None:
-    """Raise unless ``x`` is [..., width] in the dtype and on the device of ``weight`` [M, width]."""
+    """Raise unless ``x`` is [..., width] on the device of ``weight`` [M, width], in a dtype that fits it."""
     check_type(name, x, Tensor, "a tensor")
     width = weight.shape[1] if width is None else width
     if x.ndim == 0 or x.shape[-1] != width:
         reject(name, f"shape {tuple(x.shape)}", f"[..., {width}]")
-    if x.dtype != weight.dtype and not (_casts(weight.device.type) and x.is_floating_point()):
+    if not _fits(x.dtype, weight) and not (_casts(weight.device.type) and x.is_floating_point()):
         reject(name, x.dtype, f"{weight.dtype}, the weights' dtype")
     if x.device != weight.device:
         reject(name, f"a tensor on {x.device}", f"one on {weight.device}, where the weights are")
@@ -193,9 +194,14 @@ def _check_weights(name: str, W: Tensor, bias_name: str, b: Tensor | None, bias_
         reject(name, W.dtype, "float32, bfloat16, float16 or float64")
     if b is not None:
         check_type(bias_name, b, Tensor, "a tensor or None")
-        if b.shape != bias_shape or b.dtype != W.dtype or b.device != W.device:
+        if b.shape != bias_shape or not _fits(b.dtype, W) or b.device != W.device:
             got = f"{tuple(b.shape)} {b.dtype} on {b.device}"
             reject(bias_name, got, f"{tuple(bias_shape)} {W.dtype} on {W.device}, as {name}")
+
+
+def _fits(dtype: torch.dtype, W: Tensor) -> bool:
+    """Whether ``dtype`` may stand beside the weight: its own, or over bf16 weights what activations are in."""
+    return dtype == W.dtype or (W.dtype == torch.bfloat16 and dtype in (torch.float32, torch.float16))
 
 
 def _autocast(*tensors: Tensor | None) -> Any:

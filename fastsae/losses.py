@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,7 +13,63 @@ from fastsae.code import SparseCode
 from fastsae.config import AuxK, TopK
 from fastsae.ops import upcast, wide_dtype
 
-__all__ = ["auxk", "decoder_norm_l1", "error_scale", "reconstruction", "row_norms"]
+__all__ = [
+    "Spread",
+    "auxk",
+    "decoder_norm_l1",
+    "error_scale",
+    "joined_spread",
+    "reconstruction",
+    "row_norms",
+    "spread",
+]
+
+
+class Spread(NamedTuple):
+    """How far the rows of a batch lie from their mean.
+
+    count: of rows.  mean: [D] fp64, or None where it wasn't asked for.  squares: sum ||target - mean||^2.
+    """
+
+    count: int
+    mean: Tensor | None
+    squares: Tensor
+
+    def scale(self, kind: str) -> Tensor:
+        """See :func:`error_scale`."""
+        if kind == "squared_error":
+            return self.squares.new_full((), 1 / max(self.count, 1))
+        return torch.where(self.squares > 0, 1 / self.squares, 0)
+
+
+def spread(target: Tensor, *, with_mean: bool = False) -> Spread:
+    """The :class:`Spread` of a batch [N, D]; ``with_mean`` where :func:`joined_spread` is to join it.
+
+    The mean is then what fp64 makes of the rounded mean and the mean distance from it, so that means of near
+    batches far from 0 can be told apart.
+    """
+    mean = target.mean(0, dtype=wide_dtype(target))
+    centred = target - mean  # one [N, D] copy at a time
+    squares = torch.linalg.vector_norm(centred).square()
+    return Spread(len(target), mean.double() + centred.mean(0).double() if with_mean else None, squares)
+
+
+def joined_spread(parts: Sequence[Spread]) -> Spread:
+    """The :class:`Spread` of all rows of ``parts``, by Chan's rule:
+
+        squares = sum_p squares_p + sum_p count_p ||mean_p - mean||^2
+
+    Summed in fp64 and rounded once; of a single part itself.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    count = sum(part.count for part in parts)
+    means = [part.mean for part in parts if part.mean is not None]
+    weights = [part.count / max(count, 1) for part in parts]
+    mean = torch.stack([m * w for m, w in zip(means, weights, strict=True)]).sum(0)
+    between = [part.count * (m - mean).square().sum() for m, part in zip(means, parts, strict=True)]
+    within = [part.squares.double() for part in parts]
+    return Spread(count, mean, torch.stack([*within, *between]).sum().to(parts[0].squares.dtype))
 
 
 def error_scale(target: Tensor, kind: str) -> Tensor:
@@ -19,12 +78,10 @@ def error_scale(target: Tensor, kind: str) -> Tensor:
     "fvu": 1 / sum ||target - mean||^2, mean over the batch (0 where the batch has no variance).
     "squared_error": 1 / N.
     """
-    target, dtype = target.detach(), wide_dtype(target)
+    target = target.detach()
     if kind == "squared_error":
-        return target.new_full((), 1 / max(target.shape[0], 1), dtype=dtype)
-    centred = target - target.mean(0, dtype=dtype)  # one [N, D] copy at a time
-    variance = torch.linalg.vector_norm(centred).square()
-    return torch.where(variance > 0, 1 / variance, 0)
+        return target.new_full((), 1 / max(target.shape[0], 1), dtype=wide_dtype(target))
+    return spread(target).scale(kind)
 
 
 def row_norms(W: Tensor) -> Tensor:

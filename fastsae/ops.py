@@ -1,7 +1,8 @@
 """The contract: every operator's schema, its fake, and where its implementations live.
 
 ``torch.ops.fastsae.<op>(..., backend)`` runs the function of that name in ``fastsae.backends.<backend>``.
-Arguments are two-dimensional, contiguous and already checked (:mod:`fastsae.functional` does that);
+Arguments are two-dimensional, contiguous and already checked (:mod:`fastsae.functional` does that), W_enc and
+W_dec in the dtype of the rest or, under fp32 tokens, in bf16;
 differentiation is in :mod:`fastsae.autograd`. N tokens, D the width, M latents, P stored entries, R rows of a
 feature-major code.
 """
@@ -33,13 +34,14 @@ OPERATORS = {
     "transpose": "(Tensor values, Tensor indices, Tensor offsets, int n_latents, str backend)"
     " -> (Tensor latents, Tensor starts, Tensor tokens, Tensor order)",
     "row_grads": "(Tensor coefs, Tensor x, Tensor starts, Tensor tokens, str backend) -> Tensor",
-    "row_update": "(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) last_step,"
-    " Tensor? rows, Tensor? grad, Tensor? coast, Tensor clock, float beta1, float beta2, float eps,"
-    " bool unit_norm, str backend) -> ()",
-    "row_step": "(Tensor(a!) W_enc, Tensor(b!) b_enc, Tensor(c!) W_dec, Tensor(d!)[] enc_state,"
-    " Tensor(e!)[] bias_state, Tensor(f!)[] dec_state, Tensor?[] coasts, Tensor[] clocks, float[] betas,"
-    " float[] eps, bool[] every_row, bool unit_norm, Tensor values, Tensor indices, Tensor offsets, Tensor x,"
-    " Tensor error, Tensor scale, float l1, str backend) -> Tensor",
+    "row_update": "(Tensor(a!) weight, Tensor(b!)? remainder, Tensor(c!)[] state, Tensor? rows, Tensor? grad,"
+    " Tensor? coast, Tensor clock, float beta1, float beta2, float eps, bool unit_norm, int seed, int first,"
+    " str backend) -> ()",
+    "row_step": "(Tensor(a!) W_enc, Tensor(b!) b_enc, Tensor(c!) W_dec, Tensor(d!)? enc_remainder,"
+    " Tensor(e!)? dec_remainder, Tensor(f!)[] enc_state, Tensor(g!)[] bias_state, Tensor(h!)[] dec_state,"
+    " Tensor?[] coasts, Tensor[] clocks, float[] betas, float[] eps, int[] seeds, bool[] every_row,"
+    " bool unit_norm, Tensor values, Tensor indices, Tensor offsets, Tensor x, Tensor error, Tensor scale,"
+    " float l1, str backend) -> Tensor",
 }
 """Schemas. What each operator computes is in the docstrings of :mod:`fastsae.backends.reference`."""
 
@@ -85,7 +87,7 @@ def _encode_fake(x, W_enc, b_enc, threshold, subset, rule, k, backend):
     else:
         entries = n * min(k, m)
     return (
-        W_enc.new_empty(entries),
+        x.new_empty(entries),
         x.new_empty(entries, dtype=torch.int32),
         x.new_empty(n + 1, dtype=torch.int64),
     )
@@ -99,14 +101,12 @@ def _encode_dead_fake(x, W_enc, b_enc, threshold, dead, rule, k, k_dead, backend
 
 @torch.library.register_fake("fastsae::decode_error")
 def _decode_error_fake(values, indices, offsets, W_dec, b_dec, target, backend):
-    return torch.empty_like(target, dtype=W_dec.dtype), target.new_empty(
-        target.shape[0], dtype=wide_dtype(target)
-    )
+    return torch.empty_like(target), target.new_empty(target.shape[0], dtype=wide_dtype(target))
 
 
 @torch.library.register_fake("fastsae::decode")
 def _decode_fake(values, indices, offsets, W_dec, b_dec, backend):
-    return W_dec.new_empty(offsets.shape[0] - 1, W_dec.shape[1])
+    return values.new_empty(offsets.shape[0] - 1, W_dec.shape[1])
 
 
 @torch.library.register_fake("fastsae::code_grad")

@@ -17,11 +17,15 @@ from fastsae.checks import BadValue, check_choice, check_type, reject
 from fastsae.code import SparseCode
 from fastsae.config import AuxK, BatchTopK, DecoderNormL1, JumpReLU, SAEConfig
 from fastsae.files import WEIGHTS_FILE, check_tensors, read_dictionary, write_dictionary
+from fastsae.formats import WEIGHT_FORMATS, join, split
 from fastsae.ops import upcast
 
 __all__ = ["SAE", "TrainingOutput", "load"]
 
 _THRESHOLD_DECAY = 0.999
+_LONGEST = 2**31 - 1
+INITIAL_ROWS = 1024
+"""Rows whose initial weights come from one generator."""
 
 
 class TrainingOutput(NamedTuple):
@@ -45,10 +49,15 @@ class SAE(nn.Module):
 
     Attributes:
         W_enc, b_enc, W_dec, b_dec: [M, d_in], [M], [M, d_out], [d_out]; one row per latent.
+        weight_format: how W_enc and W_dec are held. "float32": in ``dtype``. "split32": as bf16 planes, which
+            is what is multiplied, beside int16 buffers W_enc_remainder and W_dec_remainder that make each
+            weight an exact fp32 number for the optimizer. "bfloat16": in bf16, where RowAdam rounds
+            stochastically. In the latter two biases are fp32, and any floating input is taken.
+        dtype: of the inputs that training casts to.
         threshold: fp32 buffer; BatchTopK: 0-dim, -1 while unset; JumpReLU: [M].
         norm_scale: fp32 0-dim buffer of "scalar" normalisation, -1 while unset.
-        last_fired, tokens_seen: int64 buffers [M], 0-dim: tokens seen in training, and how many when each
-            latent last fired.
+        tokens_seen: int64 0-dim buffer: tokens seen in training.
+        silent_tokens: int32 [M] buffer: how many of them since each latent last fired, at most 2^31 - 1.
         backend: which backend runs the operators (see :mod:`fastsae.backends`).
         sparse_grad: give W_enc and W_dec row-sparse COO gradients.
     """
@@ -59,7 +68,7 @@ class SAE(nn.Module):
     b_dec: nn.Parameter
     threshold: Tensor
     norm_scale: Tensor
-    last_fired: Tensor
+    silent_tokens: Tensor
     tokens_seen: Tensor
 
     def __init__(
@@ -77,54 +86,75 @@ class SAE(nn.Module):
         check_type("dtype", dtype, torch.dtype, "a torch dtype")
         if dtype not in F.DTYPES:
             reject("dtype", dtype, "float32, bfloat16, float16 or float64")
-        check_choice("weight_format", weight_format, ("float32",))
+        check_choice("weight_format", weight_format, WEIGHT_FORMATS)
+        if weight_format != "float32" and dtype == torch.float64:
+            reject("dtype", dtype, f"float32, bfloat16 or float16 with weight_format {weight_format!r}")
         resolve(backend)
-        self.config, self.weight_format = config, weight_format
+        self.config, self.weight_format, self._dtype = config, weight_format, dtype
         self.sparse_grad, self.backend = sparse_grad, backend
         self._optimizer: weakref.ref | None = None
         self._norm_scale_set = False
         m = config.n_latents
-        self.W_enc = nn.Parameter(torch.empty(m, config.d_in, device=device, dtype=dtype))
-        self.b_enc = nn.Parameter(torch.empty(m, device=device, dtype=dtype))
-        self.W_dec = nn.Parameter(torch.empty(m, config.d_out, device=device, dtype=dtype))
-        self.b_dec = nn.Parameter(torch.empty(config.d_out, device=device, dtype=dtype))
+        matrix, bias = (dtype, dtype) if weight_format == "float32" else (torch.bfloat16, torch.float32)
+        self.W_enc = nn.Parameter(torch.empty(m, config.d_in, device=device, dtype=matrix))
+        self.b_enc = nn.Parameter(torch.empty(m, device=device, dtype=bias))
+        self.W_dec = nn.Parameter(torch.empty(m, config.d_out, device=device, dtype=matrix))
+        self.b_dec = nn.Parameter(torch.empty(config.d_out, device=device, dtype=bias))
+        if weight_format == "split32":
+            for name, width in (("W_enc", config.d_in), ("W_dec", config.d_out)):
+                rest = torch.empty(m, width, device=device, dtype=torch.int16)
+                self.register_buffer(f"{name}_remainder", rest)
         if isinstance(config.activation, BatchTopK):
-            self.register_buffer("threshold", torch.tensor(-1.0, device=device))
+            self.register_buffer("threshold", torch.empty((), device=device))
         elif isinstance(config.activation, JumpReLU):
-            self.register_buffer("threshold", torch.full((m,), config.activation.threshold, device=device))
+            self.register_buffer("threshold", torch.empty(m, device=device))
         if config.normalization == "scalar":
-            self.register_buffer("norm_scale", torch.tensor(-1.0, device=device))
-        self.register_buffer("last_fired", torch.zeros(m, dtype=torch.int64, device=device))
-        self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64, device=device))
+            self.register_buffer("norm_scale", torch.empty((), device=device))
+        self.register_buffer("silent_tokens", torch.empty(m, dtype=torch.int32, device=device))
+        self.register_buffer("tokens_seen", torch.empty((), dtype=torch.int64, device=device))
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw new initial weights from torch's global generator."""
-        self.b_enc.zero_()
-        self.b_dec.zero_()
-        self.W_enc.normal_()
-        self.W_enc.div_(upcast(self.W_enc).norm(dim=1, keepdim=True).to(self.W_enc.dtype))
-        if not self.config.unit_norm_decoder:
-            self.W_enc.mul_(0.1)
-        if self.config.d_out == self.config.d_in:
-            self.W_dec.copy_(self.W_enc)
-        elif self.config.unit_norm_decoder:
-            self.W_dec.copy_(nn.functional.normalize(self.W_dec.normal_(), dim=1))
-        else:
-            self.W_dec.zero_()
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """Draw new initial weights from ``seed`` (None: from torch's global generator), and forget all counts.
+
+        A block of rows at a time, each from a generator of its own, without a second copy of any matrix. Of a
+        dictionary built on "meta" and moved by ``to_empty`` this makes a new one.
+        """
+        if self.W_enc.is_meta:
+            return
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        for tensor in (self.b_enc, self.b_dec, self.silent_tokens, self.tokens_seen):
+            tensor.zero_()
+        if isinstance(self.config.activation, BatchTopK | JumpReLU):
+            self.threshold.fill_(getattr(self.config.activation, "threshold", -1.0))
+        if self.config.normalization == "scalar":
+            self.unset_norm_scale_()
+        for lo in range(0, self.config.n_latents, INITIAL_ROWS):
+            hi = min(lo + INITIAL_ROWS, self.config.n_latents)
+            enc, dec = initial_rows(self.config, lo, hi, seed, self.W_enc.device)
+            self.put_rows_("W_enc", lo, enc)
+            self.put_rows_("W_dec", lo, dec)
 
     def extra_repr(self) -> str:
         c = self.config
         return f"d_in={c.d_in}, n_latents={c.n_latents}, d_out={c.d_out}, activation={c.activation}"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_enc.dtype if self.weight_format == "float32" else self._dtype
+
     def _apply(self, fn, recurse=True):
-        # thresholds and the normalisation scalar stay fp32 when the module is cast
+        # thresholds and the normalisation scalar stay fp32 when the module is cast, and all weights that are
+        # in a format of their own; then only the dtype of inputs changes
         kept = [self._buffers.get(name) for name in ("threshold", "norm_scale")]
+        if self.weight_format != "float32":
+            kept += self._parameters.values()
+            self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
 
         def move(t: Tensor) -> Tensor:
             moved = fn(t)
-            stays = moved.dtype != t.dtype and any(t is buffer for buffer in kept)
+            stays = moved.dtype != t.dtype and any(t is other for other in kept)
             return t.to(moved.device) if stays else moved
 
         return super()._apply(move, recurse)
@@ -141,7 +171,7 @@ class SAE(nn.Module):
         self, x: Tensor, mean: Tensor | None, scale: Tensor | None
     ) -> tuple[SparseCode, Tensor]:
         """The sparse code of what :meth:`normalise` gave, and what W_enc multiplied to get it."""
-        encoder_input = x - self.b_dec if self.config.subtract_b_dec else x
+        encoder_input = (x - self.b_dec).to(x.dtype) if self.config.subtract_b_dec else x
         code = F.encode(
             encoder_input,
             self.W_enc,
@@ -175,7 +205,7 @@ class SAE(nn.Module):
                 "a dense tensor",
                 "a SparseCode, which carries the mean and scale that layer_norm removed",
             )
-        return self._restore(code @ self.W_dec + self.b_dec, None)
+        return self._restore((code @ self.W_dec.to(code.dtype) + self.b_dec).to(code.dtype), None)
 
     def forward(
         self, x: Tensor, target: Tensor | None = None, return_loss: bool = False
@@ -286,9 +316,11 @@ class SAE(nn.Module):
         fired = (code.rows() < code.n_tokens) & (code.values > 0)
         if proceed is not None:
             fired &= proceed
-        self.tokens_seen += code.n_tokens if proceed is None else code.n_tokens * proceed
-        when = torch.where(fired, self.tokens_seen, 0)
-        self.last_fired.scatter_reduce_(0, torch.where(fired, code.indices, 0).long(), when, "amax")
+        n = code.n_tokens if proceed is None else code.n_tokens * proceed
+        self.tokens_seen += n
+        self.silent_tokens.clamp_max_(_LONGEST - code.n_tokens).add_(n)
+        since = torch.where(fired, 0, _LONGEST).to(torch.int32)
+        self.silent_tokens.scatter_reduce_(0, torch.where(fired, code.indices, 0).long(), since, "amin")
         if isinstance(self.config.activation, BatchTopK) and len(fired):
             smallest = torch.where(fired, code.values, torch.inf).min().float()
             batches = self.tokens_seen / code.n_tokens  # as if all were of this size; with this one
@@ -303,7 +335,7 @@ class SAE(nn.Module):
             dead_after = next(
                 (t.dead_after for t in self.config.losses if isinstance(t, AuxK)), AuxK().dead_after
             )
-        return self.tokens_seen - self.last_fired >= dead_after
+        return self.silent_tokens >= dead_after
 
     def dead_latents(self, dead_after: int | None = None) -> Tensor:
         """The latents of :meth:`dead_mask`, ascending int64."""
@@ -327,13 +359,35 @@ class SAE(nn.Module):
     @torch.no_grad()
     def constrain_weights_(self) -> None:
         """Where the decoder is unit-norm, divide each row by its length; call after the optimizer."""
-        if self.config.unit_norm_decoder:
+        if not self.config.unit_norm_decoder:
+            return
+        if self.weight_format == "float32":
             self.W_dec.copy_(nn.functional.normalize(self.W_dec, dim=1))
+            return
+        for lo in range(0, self.config.n_latents, INITIAL_ROWS):
+            rows = self.full_precision("W_dec", lo, lo + INITIAL_ROWS)
+            self.put_rows_("W_dec", lo, nn.functional.normalize(rows, dim=1))
 
-    def full_precision(self, name: str) -> Tensor:
-        """The weight ``name`` with all its bits, whatever the format: at least fp32."""
+    def full_precision(self, name: str, lo: int = 0, hi: int | None = None) -> Tensor:
+        """The weight ``name``, or its rows lo..hi, with all its bits, whatever the format: at least fp32."""
         check_choice("name", name, ("W_enc", "b_enc", "W_dec", "b_dec"))
-        return upcast(getattr(self, name).detach())
+        rows, rest = getattr(self, name).detach()[lo:hi], self._buffers.get(f"{name}_remainder")
+        return upcast(rows) if rest is None else join(rows, rest[lo:hi])
+
+    def remainder(self, param: Tensor) -> Tensor | None:
+        """The buffer of the bits that ``param``, a plane of split32, lacks; None of other parameters."""
+        names = [name for name in ("W_enc", "W_dec") if self._parameters[name] is param]
+        return self._buffers.get(f"{names[0]}_remainder") if names else None
+
+    @torch.no_grad()
+    def put_rows_(self, name: str, lo: int, rows: Tensor) -> None:
+        """Set rows lo.. of the weight ``name`` to ``rows``, in the weight's format; rounds to nearest."""
+        weight, rest = getattr(self, name)[lo : lo + len(rows)], self._buffers.get(f"{name}_remainder")
+        if rest is None:
+            weight.copy_(rows)
+        else:
+            for part, new in zip((weight, rest[lo : lo + len(rows)]), split(rows.float()), strict=True):
+                part.copy_(new)
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write config.json and model.safetensors: both whole on disk before either takes its place.
@@ -344,8 +398,7 @@ class SAE(nn.Module):
         tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
         optimizer = None if self._optimizer is None else self._optimizer()
         if optimizer is not None:
-            pending = {name: optimizer.flushed(param) for name, param in self.named_parameters()}
-            tensors |= {name: weight for name, weight in pending.items() if weight is not None}
+            tensors |= {name: optimizer.flushed(param) for name, param in self.named_parameters()}
         write_dictionary(Path(directory), self.config, tensors)
 
     def export_from(self, optimizer: Any) -> None:
@@ -436,6 +489,27 @@ def load(
 ) -> SAE:
     """Load a dictionary from a folder that :meth:`SAE.save` or a training run wrote."""
     return SAE.load(path, device=device, dtype=dtype)
+
+
+def initial_rows(
+    config: SAEConfig, lo: int, hi: int, seed: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Rows lo..hi of the initial W_enc and W_dec, fp32: the same for a seed, however they are asked for.
+
+    (On a CPU and on a GPU they differ, as torch's generators do.) See :class:`SAE` for what they are.
+    """
+    generator, blocks = torch.Generator(device), []
+    for block in range(lo // INITIAL_ROWS, -(-hi // INITIAL_ROWS)):
+        generator.manual_seed((seed + block * 0x9E3779B97F4A7C15) % 2**63)
+        sizes = (config.d_in,) if config.d_in == config.d_out else (config.d_in, config.d_out)
+        drawn = (torch.randn(INITIAL_ROWS, d, generator=generator, device=device) for d in sizes)
+        unit = [nn.functional.normalize(rows, dim=1) for rows in drawn]
+        first = block * INITIAL_ROWS
+        blocks.append([rows[max(lo - first, 0) : hi - first] for rows in unit])
+    enc, *rest = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    length = 1.0 if config.unit_norm_decoder else 0.1
+    dec = enc * length if not rest else rest[0] if config.unit_norm_decoder else torch.zeros_like(rest[0])
+    return enc * length, dec
 
 
 def _geometric_median(x: Tensor, iterations: int = 30) -> Tensor:

@@ -61,6 +61,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(portable, "MAX_TOKENS", 8)
     monkeypatch.setattr(portable, "GROUP", 8)
     monkeypatch.setattr(portable, "BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(portable, "LONGEST_SUM", 4)
     monkeypatch.setattr(portable, "MIN_COLUMNS", 32)
     monkeypatch.setattr(row_adam, "BLOCK_ELEMENTS", 16)
 

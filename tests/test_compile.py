@@ -39,7 +39,9 @@ def entries() -> set[tuple[str, str]]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("fastsae.kernels."):
                 called |= {(node.module.rpartition(".")[2], alias.name) for alias in node.names}
-            if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list):
+            if isinstance(node, ast.FunctionDef) and any(
+                ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list
+            ):
                 kernels.add((path.stem, node.name))
                 names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} - {node.name}
                 called |= {(path.stem, name) for name in names}

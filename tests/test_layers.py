@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     "checks",
     "config",
+    "shards",
     "files",
     "code",
     "ops",

@@ -12,6 +12,7 @@ from torch.library import opcheck
 
 from fastsae import TopK, autograd, backends, ops
 from fastsae import functional as F
+from fastsae.formats import STATE_DTYPES, new_state
 from fastsae.testing import assert_same, problem, random_code
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,8 +51,10 @@ def test_every_backend_offers_the_operators_and_nothing_else():
 
 
 CHANGED = {
-    "row_update": ["weight", "exp_avg", "exp_avg_sq", "last_step"],
-    "row_step": ["W_enc", "b_enc", "W_dec", "enc_state", "bias_state", "dec_state"],
+    "row_update": ["weight", "remainder", "state"],
+    "row_step": [
+        "W_enc", "b_enc", "W_dec", "enc_remainder", "dec_remainder", "enc_state", "bias_state", "dec_state",
+    ],
 }
 
 
@@ -70,10 +73,10 @@ def operands(dtype, n, m):
     _, starts, tokens, order = torch.ops.fastsae.transpose(values, indices, offsets, m, "reference")
     threshold, subset = torch.linspace(-1, 2, m), torch.arange(0, m, 3)
     wide = torch.promote_types(dtype, torch.float32)
-    moments = torch.zeros(m, 5, dtype=wide), torch.zeros(m, 5, dtype=wide), torch.zeros(m, dtype=torch.int32)
+    state, remainder = new_state(W_enc, "float32"), torch.zeros(m, 5, dtype=torch.int16)
     coast = torch.ones(8, dtype=torch.float64)
     clock = torch.tensor([3, 1e-3, 1e-8, 1], dtype=torch.float64)
-    adam = (clock, 0.9, 0.999, 1e-8, True)
+    adam = (clock, 0.9, 0.999, 1e-8, True, 0, 0)
     dead = torch.arange(m) % 4 == 0
     weights = (W_enc, b_enc, W_dec)
     yield "encode", (x, W_enc, b_enc, None, None, "topk", 3)
@@ -89,23 +92,27 @@ def operands(dtype, n, m):
     yield "transpose", (values, indices, offsets, m)
     yield "row_grads", (values[order], x, starts, tokens)
     yield "row_grads", (values[order], x, starts[1:3], tokens)
-    yield "row_update", (W_enc, *moments, None, torch.ones(m, 5), None, *adam)
-    yield "row_update", (W_enc, *moments, subset, torch.ones(len(subset), 5), coast, *adam)
-    yield "row_update", (W_enc, *moments, None, None, coast, *adam)
+    yield "row_update", (W_enc, None, state, None, torch.ones(m, 5), None, *adam)
+    yield "row_update", (W_enc, None, state, subset, torch.ones(len(subset), 5), coast, *adam)
+    yield "row_update", (W_enc, None, state, None, None, coast, *adam)
+    if dtype == torch.bfloat16:
+        for kind in STATE_DTYPES:
+            narrow = new_state(W_enc, kind)
+            yield "row_update", (W_enc, remainder, narrow, None, torch.ones(m, 5), None, *adam)
     yield "encode_dead", (x, W_enc, b_enc, None, dead, "topk", 3, 2)
     yield "encode_dead", (x, W_enc, b_enc, None, dead, "batchtopk", 3, m)
     yield "encode_dead", (x, W_enc, None, threshold, dead, "threshold", 0, 2)
     yield "decode_error", (values, indices, offsets, W_dec, b_dec, x)
     yield "decode_error", (values, indices, offsets, W_dec, None, x)
     error, scale = torch.cat([x, x])[:n], torch.rand(n, dtype=wide)
-    three = [None, coast, None], [clock] * 3, [0.9, 0.999] * 3, [1e-8] * 3, [False, False, True]
-    states = [[t.clone() for t in moments] for _ in range(3)]
-    states[1] = [t[:, :1].flatten().clone() if t.ndim == 2 else t for t in states[1]]
-    yield "row_step", (*weights, *states, *three, True, values, indices, offsets, x, error, scale, 0.1)
-    yield (
-        "row_step",
-        (*weights, [], [], states[2], *three, False, values, indices, offsets, x, error, scale, 0.0),
-    )
+    three = [None, coast, None], [clock] * 3, [0.9, 0.999] * 3, [1e-8] * 3, [0, 1, 2], [False, False, True]
+    states = [new_state(t, "float32") for t in (W_enc, b_enc[:, None], W_dec)]
+    rest = values, indices, offsets, x, error, scale
+    yield "row_step", (*weights, None, None, *states, *three, True, *rest, 0.1)
+    yield "row_step", (*weights, None, None, [], [], states[2], *three, False, *rest, 0.0)
+    if dtype == torch.bfloat16:
+        narrow = [new_state(W_enc, "int8"), states[1], new_state(W_dec, "int8_row")]
+        yield "row_step", (*weights, remainder, None, *narrow, *three, True, *rest, 0.1)
 
 
 @usable

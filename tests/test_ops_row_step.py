@@ -46,10 +46,8 @@ class Case:
         wide = torch.promote_types(dtype, torch.float32)
         self.states = []
         for i, weight in enumerate(self.weights):
-            moments = (
-                torch.randn(weight.shape, generator=generator),
-                torch.rand(weight.shape, generator=generator) + 0.1,
-            )
+            shape = (m, weight[0].numel())
+            moments = torch.randn(shape, generator=generator), torch.rand(shape, generator=generator) + 0.1
             last = torch.arange(m).remainder(STEP).int()
             self.states.append([] if NAMES[i] in frozen else [*(t.to(wide) for t in moments), last])
         table = torch.rand(STEP + 1, generator=generator, dtype=torch.float64)
@@ -72,8 +70,8 @@ class Case:
         weights = [t.clone() for t in self.weights]
         states = [[t.clone() for t in state] for state in self.states]
         arguments = (
-            *weights, *states, self.coasts, self.clocks, list(BETAS), list(EPS), self.every, self.unit_norm,
-            *self.code, self.x, self.error, self.scale, self.l1,
+            *weights, None, None, *states, self.coasts, self.clocks, list(BETAS), list(EPS), [0] * 3, self.every,
+            self.unit_norm, *self.code, self.x, self.error, self.scale, self.l1,
         )  # fmt: skip
         pull = op(*arguments) if op else torch.ops.fastsae.row_step(*arguments, backend)
         named = dict(zip(NAMES, weights, strict=True))
@@ -160,7 +158,9 @@ def test_against_autograd(any_backend):
     grads = torch.autograd.grad(loss, leaves)
     actual = case.run(any_backend)
     for i, (name, grad) in enumerate(zip(NAMES, grads, strict=True)):
-        torch.testing.assert_close(actual[f"exp_avg of {name}"], (1 - BETAS[2 * i]) * grad)
+        torch.testing.assert_close(
+            actual[f"exp_avg of {name}"].view_as(grad), (1 - BETAS[2 * i]) * grad
+        )
     torch.testing.assert_close(actual["pull"], grads[1] @ case.weights[0])
 
 

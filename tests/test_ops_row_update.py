@@ -13,8 +13,9 @@ BETA1, BETA2, EPS, LR = 0.9, 0.999, 1e-8, 3e-3
 
 
 def row_update(state, rows, grad, coast, step, backend, unit_norm=False, betas=(BETA1, BETA2), eps=EPS):
+    weight, *its = state
     torch.ops.fastsae.row_update(
-        *state, rows, grad, coast, clock_at(step, betas, eps), *betas, eps, unit_norm, backend
+        weight, None, its, rows, grad, coast, clock_at(step, betas, eps), *betas, eps, unit_norm, 0, 0, backend
     )
 
 
@@ -190,7 +191,7 @@ def test_nothing_is_done_where_the_clock_says_so(any_backend):
     before = state(5, 7)
     after, clock = copies(before), clock_at(9, proceed=0)
     arguments = None, torch.ones(5, 7), torch.ones(10, dtype=torch.float64), clock, BETA1, BETA2, EPS, True
-    torch.ops.fastsae.row_update(*after, *arguments, any_backend)
+    torch.ops.fastsae.row_update(after[0], None, list(after[1:]), *arguments, 0, 0, any_backend)
     for new, old in zip(after, before, strict=True):
         assert_same(new, old)
 

@@ -287,8 +287,7 @@ def test_auxk_by_hand(dead, k_aux, reconstruction, subtract):
         sae.b_enc[~torch.zeros(M, dtype=torch.bool).index_fill(0, latents, True)] += 10
     assert fired.any()
     sae.tokens_seen.fill_(1000)
-    sae.last_fired.fill_(1000)
-    sae.last_fired[latents] = 0
+    sae.silent_tokens[latents] = 1000
     out = sae.training_forward(x)
     assert sae.dead_latents().tolist() == list(dead)
 
@@ -335,8 +334,8 @@ def test_auxk_measures_the_residual_in_fp32():
     with torch.no_grad():
         sae.b_enc[7] = -1000  # dead, and nothing to offer: its e_hat is 0
         sae.tokens_seen.fill_(2 * N)
-        sae.last_fired.fill_(N + 1)
-        sae.last_fired[7] = 0
+        sae.silent_tokens.fill_(N - 1)
+        sae.silent_tokens[7] = 2 * N
     out = sae.training_forward(data(N, D).bfloat16())
     torch.testing.assert_close(out.losses["auxk"], out.losses["reconstruction"], rtol=1e-6, atol=0)
 
@@ -350,16 +349,16 @@ def test_dead_counters():
         sae.W_enc.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]))
     first, second, none = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2)
     assert sae.dead_latents().tolist() == []
-    for x, fired, dead in (
-        (torch.cat([first, second]), [2, 2, 0], []),
-        (first, [3, 2, 0], []),
-        (second, [3, 4, 0], [2]),
-        (torch.cat([none, none]), [3, 4, 0], [2]),  # a selected 0 is no firing
-        (first, [7, 4, 0], [2]),
-        (first, [8, 4, 0], [1, 2]),
+    for x, silent, dead in (
+        (torch.cat([first, second]), [0, 0, 2], []),
+        (first, [0, 1, 3], []),
+        (second, [1, 0, 4], [2]),
+        (torch.cat([none, none]), [3, 2, 6], [2]),  # a selected 0 is no firing
+        (first, [0, 3, 7], [2]),
+        (first, [0, 4, 8], [1, 2]),
     ):
         sae.training_forward(x)
-        assert (sae.last_fired.tolist(), sae.dead_latents().tolist()) == (fired, dead)
+        assert (sae.silent_tokens.tolist(), sae.dead_latents().tolist()) == (silent, dead)
     assert sae.tokens_seen == 8
     assert sae.dead_latents(dead_after=8).tolist() == [2]
     assert sae.dead_latents(dead_after=9).tolist() == []
@@ -586,7 +585,7 @@ def test_parameters_and_buffers():
     shapes = {name: tuple(t.shape) for name, t in sae.state_dict().items()}
     weights = {"W_enc": (M, D), "b_enc": (M,), "W_dec": (M, 4), "b_dec": (4,)}
     assert {name: tuple(p.shape) for name, p in sae.named_parameters()} == weights
-    assert shapes == weights | {"threshold": (), "norm_scale": (), "last_fired": (M,), "tokens_seen": ()}
+    assert shapes == weights | {"threshold": (), "norm_scale": (), "silent_tokens": (M,), "tokens_seen": ()}
     assert "n_latents=20" in repr(sae)
 
 
@@ -763,7 +762,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
         ),
         (rewrite(lambda t: t.update(W_enc=t["W_enc"].int())), "got W_enc in torch.int32, expected"),
         (rewrite(lambda t: t.update(W_enc=t["W_enc"].half())), "got W_enc in torch.float16, expected"),
-        (rewrite(lambda t: t.update(last_fired=torch.ones(20))), "got last_fired in torch.float32, expected"),
+        (rewrite(lambda t: t.update(silent_tokens=torch.ones(20))), "got silent_tokens in torch.float32, expected"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path, damage, message):

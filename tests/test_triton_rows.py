@@ -162,7 +162,8 @@ def test_row_update(name, d, dtype, small_tiles):
         tensors = [t.clone() if dtype is None else t.clone().to(dtype) for t in before[:3]]
         tensors.append(before[3].clone())
         given = grad if grad is None or dtype is None else grad.to(dtype)
-        op(*tensors, rows, given, coast, now, *options["betas"], 1e-8, options["unit_norm"])
+        weight, *its = tensors
+        op(weight, None, its, rows, given, coast, now, *options["betas"], 1e-8, options["unit_norm"], 0, 0)
         return tensors
 
     with NeverWaits():
@@ -181,9 +182,9 @@ def test_early_steps_and_small_variances_keep_their_digits():
     coast, now = torch.ones(5001, dtype=torch.float64), clock(5001)
 
     def run(op, dtype):
-        tensors = [t.to(dtype, copy=True) for t in (weight, exp_avg, exp_avg_sq)]
-        op(*tensors, last.clone(), None, None, coast, now, 0.9, 0.999, 1e-8, False)
-        return tensors[0]
+        w, *moments = (t.to(dtype, copy=True) for t in (weight, exp_avg, exp_avg_sq))
+        op(w, None, [*moments, last.clone()], None, None, coast, now, 0.9, 0.999, 1e-8, False, 0, 0)
+        return w
 
     expected = run(reference.row_update, torch.float64)
     torch.testing.assert_close(run(row_update, torch.float32).double(), expected, rtol=1e-6, atol=0)
@@ -193,8 +194,8 @@ def test_rows_of_a_view_are_updated_in_place():
     whole = [t.clone() for t in state(9, 4, torch.float32)]
     alone = [t[3:6].clone() for t in whole]
     grad = torch.ones(3, 4)
-    row_update(*(t[3:6] for t in whole), None, grad, None, clock(7), 0.9, 0.999, 1e-8, True)
-    row_update(*alone, None, grad, None, clock(7), 0.9, 0.999, 1e-8, True)
+    for weight, *its in ([t[3:6] for t in whole], alone):
+        row_update(weight, None, its, None, grad, None, clock(7), 0.9, 0.999, 1e-8, True, 0, 3)
     for t, expected, before in zip(whole, alone, state(9, 4, torch.float32), strict=True):
         assert_same(t[3:6], expected)
         assert_same(t[6:], before[6:])

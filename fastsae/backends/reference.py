@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastsae.formats import read_rows, write_rows
 from fastsae.ops import upcast
 
 __all__ = [
@@ -41,7 +42,7 @@ def encode(
         "threshold":  pre > max(threshold, 0), threshold scalar or [M]; in order of n, then m
 
     A score of NaN ranks as +Inf. ``subset`` [S] int64, ascending, confines the choice to those latents (k
-    becomes min(k, S)). Returns relu(selected) [P] in W_enc's dtype, indices [P] int32, offsets [N + 1] int64.
+    becomes min(k, S)). Returns relu(selected) [P] in x's dtype, indices [P] int32, offsets [N + 1] int64.
     """
     if subset is not None:
         W_enc, b_enc = W_enc[subset], None if b_enc is None else b_enc[subset]
@@ -63,7 +64,7 @@ def encode(
     counts = torch.bincount(rows, minlength=n)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     indices = columns if subset is None else subset[columns]
-    return pre[rows, columns].relu().to(W_enc.dtype), indices.int(), offsets
+    return pre[rows, columns].relu().to(x.dtype), indices.int(), offsets
 
 
 def encode_dead(
@@ -89,10 +90,10 @@ def encode_dead(
 
 
 def decode(values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
-    """x_hat[n] = sum_j values[j] * W_dec[indices[j]] + b_dec over row n's entries; [N, D], W_dec's dtype."""
+    """x_hat[n] = sum_j values[j] * W_dec[indices[j]] + b_dec over row n's entries; [N, D], values' dtype."""
     code = _dense(values, indices, offsets, W_dec.shape[0])
     x_hat = code @ upcast(W_dec)
-    return (x_hat if b_dec is None else x_hat + upcast(b_dec)).to(W_dec.dtype)
+    return (x_hat if b_dec is None else x_hat + upcast(b_dec)).to(values.dtype)
 
 
 def decode_error(
@@ -100,11 +101,11 @@ def decode_error(
 ) -> tuple[Tensor, Tensor]:
     """error[n] = x_hat[n] - target[n] of :func:`decode`'s x_hat before it is rounded; and ||error[n]||^2.
 
-    [N, D] in W_dec's dtype; [N] in float32 (float64 of float64), of the error before it is rounded.
+    [N, D] in target's dtype; [N] in float32 (float64 of float64), of the error before it is rounded.
     """
     x_hat = _dense(values, indices, offsets, W_dec.shape[0]) @ upcast(W_dec)
     error = (x_hat if b_dec is None else x_hat + upcast(b_dec)) - upcast(target)
-    return error.to(W_dec.dtype), error.square().sum(1)
+    return error.to(target.dtype), error.square().sum(1)
 
 
 def code_grad(grad_x_hat: Tensor, W_dec: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
@@ -158,9 +159,8 @@ def row_grads(coefs: Tensor, x: Tensor, starts: Tensor, tokens: Tensor) -> Tenso
 
 def row_update(
     weight: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    last_step: Tensor,
+    remainder: Tensor | None,
+    state: list[Tensor],
     rows: Tensor | None,
     grad: Tensor | None,
     coast: Tensor | None,
@@ -169,8 +169,13 @@ def row_update(
     beta2: float,
     eps: float,
     unit_norm: bool,
+    seed: int,
+    first: int,
 ) -> None:
-    """One Adam step, in place, on the given rows of ``weight`` [M, D] and its two moments.
+    """One Adam step, in place, on the given rows of ``weight`` [M, D] and of its ``state``.
+
+    How both are held is :mod:`fastsae.formats`'s: with ``remainder`` int16 [M, D], weight is the bf16 plane
+    of split32; state is what :func:`fastsae.formats.new_state` makes. Arithmetic is in fp32 (fp64 of fp64).
 
     ``clock`` [4] float64 holds what changes from step to step: the step t, from 1 on; lr sqrt(1 - beta2^t) /
     (1 - beta1^t); eps sqrt(1 - beta2^t); and 1, or 0 where nothing at all is to be done.
@@ -187,40 +192,41 @@ def row_update(
 
         m = beta1 m + (1 - beta1) g;   v = beta2 v + (1 - beta2) g^2;   w -= clock[1] m / (sqrt v + clock[2])
 
-    ``unit_norm`` last divides each row by its length. ``rows`` None means every row in order; a row id that
-    isn't below M is passed over. ``last_step`` [M] int32 becomes the step.
+    with the mean of g^2 over the row where v is one number for it. ``unit_norm`` last divides each row by its
+    length. ``rows`` None means every row in order; a row id that isn't below M is passed over. last_step [M]
+    becomes the step. Stochastic rounding is keyed by (seed, step, ``first`` + row, column), since weight may
+    be a slice of a larger one.
     """
     step, size, floor, proceed = clock.tolist()
     if not proceed:
         return
-    index: Tensor | slice = slice(None)
     if rows is not None:
-        index = rows[used := rows < weight.shape[0]]
+        rows = rows[used := rows < weight.shape[0]]
         grad = None if grad is None else grad[used]
-    w, m, v = (upcast(t[index]) for t in (weight, exp_avg, exp_avg_sq))
+    w, m, v = read_rows(weight, remainder, state, rows)
     if coast is not None:
-        w, m, v = _coast(
-            w, m, v, last_step[index].long(), coast, beta1, beta2, eps, step - (grad is not None)
-        )
+        last = (state[2] if rows is None else state[2][rows]).long()
+        w, m, v = _coast(w, m, v, last, coast, beta1, beta2, eps, step - (grad is not None))
     if grad is not None:
         g = grad.to(w.dtype)
         if unit_norm:
             unit = torch.nn.functional.normalize(w, dim=1)
             g = g - unit * (g * unit).sum(1, keepdim=True)
         m = beta1 * m + (1 - beta1) * g
-        v = beta2 * v + (1 - beta2) * g * g
+        squares = g * g if v.shape == g.shape else (g * g).mean(1, keepdim=True)
+        v = beta2 * v + (1 - beta2) * squares
         w = w - size * m / (v.sqrt() + floor)
     if unit_norm:
         w = torch.nn.functional.normalize(w, dim=1)
-    for tensor, new in ((weight, w), (exp_avg, m), (exp_avg_sq, v)):
-        tensor[index] = new.to(tensor.dtype)
-    last_step[index] = int(step)
+    write_rows(weight, remainder, state, rows, (w, m, v), int(step), seed, first)
 
 
 def row_step(
     W_enc: Tensor,
     b_enc: Tensor,
     W_dec: Tensor,
+    enc_remainder: Tensor | None,
+    dec_remainder: Tensor | None,
     enc_state: list[Tensor],
     bias_state: list[Tensor],
     dec_state: list[Tensor],
@@ -228,6 +234,7 @@ def row_step(
     clocks: list[Tensor],
     betas: list[float],
     eps: list[float],
+    seeds: list[int],
     every_row: list[bool],
     unit_norm: bool,
     values: Tensor,
@@ -247,10 +254,11 @@ def row_step(
         d_W_dec[m]  = sum_j values[j] (g[n] + l1 W_dec[m] / ||W_dec[m]||)
         d_W_enc[m]  = sum_j d_pre[j] x[n mod N];               d_b_enc[m] = sum_j d_pre[j]
 
-    all by the weights as they were. Latents with an entry other than 0 are updated; all of them where
-    ``every_row``. Lists of three stand for W_enc, b_enc, W_dec (``betas`` has their six); a state is exp_avg,
-    exp_avg_sq, last_step, or empty where that parameter stays. Returns sum_m d_b_enc[m] W_enc[m] [D] in
-    float32 (float64 of float64): what b_dec's gradient loses where it is subtracted from x.
+    all by the weights as they were, of split32 the planes, by which the code was made. Latents with an entry
+    other than 0 are updated; all of them where ``every_row``. Lists of three stand for W_enc, b_enc, W_dec
+    (``betas`` has their six); a state is row_update's, of b_enc of [M, 1], or empty where that parameter
+    stays. Returns sum_m d_b_enc[m] W_enc[m] [D] in float32 (float64 of float64): what b_dec's gradient loses
+    where it is subtracted from x.
     """
     rows, stored = _rows(offsets), int(offsets[-1])
     g, dec = upcast(scale)[:, None] * upcast(error), upcast(W_dec)
@@ -265,15 +273,16 @@ def row_step(
     d_dec = code.T @ g + l1 * (code * charged).sum(0)[:, None] * torch.nn.functional.normalize(dec, dim=1)
     pull = d_bias @ upcast(W_enc)
     live = (code != 0).any(0).nonzero().flatten()
-    for i, (weight, state, grad) in enumerate(
-        ((W_enc, enc_state, d_enc), (b_enc[:, None], bias_state, d_bias[:, None]), (W_dec, dec_state, d_dec))
-    ):
+    for i, (weight, remainder, state, grad) in enumerate((
+        (W_enc, enc_remainder, enc_state, d_enc),
+        (b_enc[:, None], None, bias_state, d_bias[:, None]),
+        (W_dec, dec_remainder, dec_state, d_dec),
+    )):  # fmt: skip
         if state:
-            m, v = (t.view(weight.shape) for t in state[:2])
             touched, its_grad = (None, grad) if every_row[i] else (live, grad[live])
             row_update(
-                weight, m, v, state[2], touched, its_grad, coasts[i], clocks[i], betas[2 * i],
-                betas[2 * i + 1], eps[i], unit_norm and i == 2,
+                weight, remainder, state, touched, its_grad, coasts[i], clocks[i], betas[2 * i],
+                betas[2 * i + 1], eps[i], unit_norm and i == 2, seeds[i], 0,
             )  # fmt: skip
     return pull
 

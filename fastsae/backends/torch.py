@@ -9,13 +9,15 @@ that passes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from fastsae.ops import upcast
+from fastsae.formats import read_rows, write_rows
+from fastsae.ops import upcast, wide_dtype
 
 __all__ = [
     "code_grad",
@@ -39,7 +41,9 @@ MIN_COLUMNS = 1024
 """Columns in a block, at least: below, threads have too little to share."""
 GROUP = 32
 """Columns per group maximum, at most."""
-BLOCK_ELEMENTS = 2**20
+LONGEST_SUM = 128
+"""Rows that are added up one after the other, at most."""
+BLOCK_ELEMENTS = 2**18
 """Elements of the row blocks in which gathers and updates run: a few stay in a second-level cache."""
 
 
@@ -53,7 +57,7 @@ def encode(
     k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fastsae.backends.reference.encode`. At most BLOCK_SCORES scores are in memory at a time."""
-    x, latents = upcast(x), _Latents(W_enc, b_enc, subset)
+    narrow, x, latents = x.dtype, upcast(x), _Latents(W_enc, b_enc, subset)
     m = len(latents)
     if rule == "topk":
         blocks = [_encode_topk(part, latents, min(k, m)) for part in x.split(MAX_TOKENS)]
@@ -66,7 +70,7 @@ def encode(
         cut = upcast(threshold).clamp_min(0)
         values, columns, offsets = _encode_threshold(x, latents, cut)
     indices = columns if subset is None else subset[columns.long()]
-    return values.relu().to(W_enc.dtype), indices.int(), offsets
+    return values.relu().to(narrow), indices.int(), offsets
 
 
 def encode_dead(
@@ -277,26 +281,57 @@ def _to_csr(rows: Tensor, columns: Tensor, values: Tensor, n: int) -> tuple[Tens
 
 
 def decode(values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
-    """See :func:`fastsae.backends.reference.decode`. Reads P rows of W_dec; adds b_dec after rounding."""
-    x_hat = _bag(indices[: int(offsets[-1])].long(), W_dec, offsets, values[: int(offsets[-1])])
-    return x_hat if b_dec is None else x_hat.add_(b_dec)
+    """See :func:`fastsae.backends.reference.decode`. Reads P rows of W_dec."""
+    return _decode(values, indices, offsets, W_dec, b_dec).to(values.dtype)
 
 
 def decode_error(
     values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor | None, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`fastsae.backends.reference.decode_error`. Rounds the decode as well as the error."""
-    error = upcast(decode(values, indices, offsets, W_dec, b_dec)).sub_(upcast(target))
-    return error.to(W_dec.dtype), torch.linalg.vector_norm(error, dim=1).square_()
+    """See :func:`fastsae.backends.reference.decode_error`."""
+    error = _decode(values, indices, offsets, W_dec, b_dec).sub_(target)
+    return error.to(target.dtype), torch.linalg.vector_norm(error, dim=1).square_()
+
+
+def _decode(values, indices, offsets, W_dec, b_dec) -> Tensor:
+    """x_hat before it is rounded."""
+    stored = int(offsets[-1])
+    x_hat = _bag(indices[:stored].long(), W_dec, offsets, upcast(values[:stored]))
+    return x_hat if b_dec is None else x_hat.add_(b_dec)
 
 
 def _bag(rows: Tensor, table: Tensor, offsets: Tensor, coefs: Tensor) -> Tensor:
-    """out[n] = sum of coefs[j] * table[rows[j]] over offsets[n] <= j < offsets[n + 1]."""
+    """out[n] = sum of coefs[j] * table[rows[j]] over offsets[n] <= j < offsets[n + 1], in the dtype of coefs.
+
+    Long sums are made of sums of LONGEST_SUM, whose error grows less than that of one after the other. Of a
+    narrower table the rows are upcast, as many at a time as make a block.
+    """
+    n = offsets.shape[0] - 1
     if not len(rows):
-        return table.new_zeros(offsets.shape[0] - 1, table.shape[1])
-    return nnf.embedding_bag(
-        rows, table, offsets, mode="sum", per_sample_weights=coefs.to(table.dtype), include_last_offset=True
-    )
+        return coefs.new_zeros(n, table.shape[1])
+    lengths = offsets.diff()
+    if lengths.max() > LONGEST_SUM:
+        pieces = (-(-lengths // LONGEST_SUM)).clamp_min(1)
+        ends = nnf.pad(pieces.cumsum(0), (1, 0))
+        owner = torch.arange(n, device=rows.device).repeat_interleave(pieces)
+        number = torch.arange(len(owner), device=rows.device)
+        starts = nnf.pad(offsets[owner] + LONGEST_SUM * (number - ends[owner]), (0, 1))
+        starts[-1] = offsets[-1]
+        sums = _bag(rows, table, starts, coefs)
+        return _bag(number, sums, ends, coefs.new_ones(len(number)))
+    bag = partial(nnf.embedding_bag, mode="sum", include_last_offset=True)
+    if table.dtype == coefs.dtype:
+        return bag(rows, table, offsets, per_sample_weights=coefs)
+    out = coefs.new_empty(n, table.shape[1])
+    most = max(1, BLOCK_ELEMENTS // max(1, table.shape[1]))
+    tokens = max(1, most * n // len(rows))
+    for lo in range(0, n, tokens):
+        ends = offsets[lo : lo + tokens + 1]
+        first, last = int(ends[0]), int(ends[-1])
+        picked = table.index_select(0, rows[first:last]).to(coefs.dtype)
+        places = torch.arange(last - first, device=rows.device)
+        out[lo : lo + tokens] = bag(places, picked, ends - first, per_sample_weights=coefs[first:last])
+    return out
 
 
 def code_grad(grad_x_hat: Tensor, W_dec: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
@@ -339,14 +374,13 @@ def transpose(
 def row_grads(coefs: Tensor, x: Tensor, starts: Tensor, tokens: Tensor) -> Tensor:
     """See :func:`fastsae.backends.reference.row_grads`."""
     first, last = int(starts[0]), int(starts[-1])
-    return _bag(tokens[first:last], upcast(x), starts - first, coefs[first:last])
+    return _bag(tokens[first:last], upcast(x), starts - first, upcast(coefs[first:last]))
 
 
 def row_update(
     weight: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    last_step: Tensor,
+    remainder: Tensor | None,
+    state: list[Tensor],
     rows: Tensor | None,
     grad: Tensor | None,
     coast: Tensor | None,
@@ -355,6 +389,8 @@ def row_update(
     beta2: float,
     eps: float,
     unit_norm: bool,
+    seed: int,
+    first: int,
 ) -> None:
     """See :func:`fastsae.backends.reference.row_update`."""
     step, size, floor, proceed = clock.tolist()
@@ -363,10 +399,9 @@ def row_update(
     if rows is not None and len(rows) and rows.max() >= len(weight):
         used = rows < len(weight)
         rows, grad = rows[used], None if grad is None else grad[used]
-    tensors = (weight, exp_avg, exp_avg_sq)
     # views where every row is meant, so that in-place arithmetic is the whole update
-    w, m, v = (upcast(t if rows is None else t.index_select(0, rows)) for t in tensors)
-    last = last_step if rows is None else last_step[rows]
+    w, m, v = read_rows(weight, remainder, state, rows)
+    last = state[2] if rows is None else state[2][rows]
     if coast is not None and (missed := int(step) - (grad is not None) - last).any():
         _coast_(w, m, v, missed, last, coast, beta1, beta2, eps)
     if grad is not None:
@@ -375,25 +410,22 @@ def row_update(
             along = _dot(g, w) / _dot(w, w).clamp_min(torch.finfo(w.dtype).tiny)
             g = torch.addcmul(g, w, along, value=-1)
         m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        if v.shape == g.shape:
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        else:
+            v.mul_(beta2).add_(_dot(g, g), alpha=(1 - beta2) / g.shape[1])
         w.addcdiv_(m, v.sqrt().add_(floor), value=-size)
     if unit_norm:
         w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min_(1e-12))
-    for tensor, new in zip(tensors, (w, m, v), strict=True):
-        if rows is not None:
-            tensor.index_copy_(0, rows, new.to(tensor.dtype))
-        elif new.dtype != tensor.dtype:
-            tensor.copy_(new)
-    if rows is None:
-        last_step.fill_(int(step))
-    else:
-        last_step[rows] = int(step)
+    write_rows(weight, remainder, state, rows, (w, m, v), int(step), seed, first)
 
 
 def row_step(
     W_enc: Tensor,
     b_enc: Tensor,
     W_dec: Tensor,
+    enc_remainder: Tensor | None,
+    dec_remainder: Tensor | None,
     enc_state: list[Tensor],
     bias_state: list[Tensor],
     dec_state: list[Tensor],
@@ -401,6 +433,7 @@ def row_step(
     clocks: list[Tensor],
     betas: list[float],
     eps: list[float],
+    seeds: list[int],
     every_row: list[bool],
     unit_norm: bool,
     values: Tensor,
@@ -438,35 +471,41 @@ def row_step(
             grad += l1 * total * nnf.normalize(upcast(W_dec[latents[lo:hi]]), dim=1)
         return grad
 
-    for i, (weight, state, grad) in enumerate((
-        (W_enc, enc_state, lambda lo, hi: row_grads(d_pre, wide_x, starts[lo : hi + 1], inputs)),
-        (b_enc[:, None], bias_state, lambda lo, hi: d_bias[lo:hi]),
-        (W_dec, dec_state, dec_grad),
+    for i, (weight, remainder, state, grad) in enumerate((
+        (W_enc, enc_remainder, enc_state, lambda lo, hi: row_grads(d_pre, wide_x, starts[lo : hi + 1], inputs)),
+        (b_enc[:, None], None, bias_state, lambda lo, hi: d_bias[lo:hi]),
+        (W_dec, dec_remainder, dec_state, dec_grad),
     )):  # fmt: skip
         if state:
-            tensors = [weight, *(t.view(weight.shape) for t in state[:2]), state[2]]
-            adam = coasts[i], clocks[i], betas[2 * i], betas[2 * i + 1], eps[i], unit_norm and i == 2
-            _update_blocks(tensors, latents, grad, every_row[i], adam)
+            adam = coasts[i], clocks[i], betas[2 * i], betas[2 * i + 1], eps[i], unit_norm and i == 2, seeds[i]
+            _update_blocks(weight, remainder, state, latents, grad, every_row[i], adam)
     return pull
 
 
-def _update_blocks(tensors: Any, latents: Tensor, grad: Callable, every_row: bool, adam: Any) -> None:
+def _update_blocks(
+    weight: Tensor,
+    remainder: Tensor | None,
+    state: list[Tensor],
+    latents: Tensor,
+    grad: Callable,
+    every_row: bool,
+    adam: Any,
+) -> None:
     """Update the rows ``latents`` (or all), a block at a time, by what ``grad(lo, hi)`` makes."""
-    weight, exp_avg, exp_avg_sq, last_step = tensors
     size = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
     if not every_row:
         for lo in range(0, len(latents), size):
             rows = latents[lo : lo + size]
-            row_update(weight, exp_avg, exp_avg_sq, last_step, rows, grad(lo, lo + len(rows)), *adam)
+            row_update(weight, remainder, state, rows, grad(lo, lo + len(rows)), *adam, 0)
         return
     for lo in range(0, len(weight), size):
         hi = min(lo + size, len(weight))
         first, last = torch.searchsorted(latents, torch.tensor([lo, hi], device=latents.device)).tolist()
-        block = torch.zeros(hi - lo, weight.shape[1], dtype=upcast(weight[:0]).dtype, device=weight.device)
+        block = torch.zeros(hi - lo, weight.shape[1], dtype=wide_dtype(weight), device=weight.device)
         if last > first:
             block[latents[first:last] - lo] = grad(first, last).to(block.dtype)
-        w, m, v, steps = (t[lo:hi] for t in tensors)
-        row_update(w, m, v, steps, None, block, *adam)
+        some = None if remainder is None else remainder[lo:hi]
+        row_update(weight[lo:hi], some, [t[lo:hi] for t in state], None, block, *adam, lo)
 
 
 def _coast_(w, m, v, missed, last, coast, beta1, beta2, eps) -> None:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from fastsae.checks import BadValue
+from fastsae.shards import encode_header, to_bytes
 
 __all__ = ["TensorWriter", "map_tensors"]
 
 _HEADER = 256  # bytes before the data, the length field included; blanks fill it up, as the format allows
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
 
 
@@ -48,18 +48,15 @@ class TensorWriter:
         """Append ``rows`` [n, ...]; all calls agree on the shape of a row."""
         self._row = list(rows.shape[1:])
         self.n_rows += rows.shape[0]
-        data = rows.to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8).numpy().data
+        data = to_bytes(rows.to("cpu", self.dtype))
         self._digest.update(data)
         self._file.write(data)
 
     def finish(self) -> str:
         """Write the header, bring the file to the disk, and return the sha256 of the data."""
-        shape = [self.n_rows, *self._row]
-        size = self._file.tell() - _HEADER
-        entry = {"dtype": _NAMES[self.dtype], "shape": shape, "data_offsets": [0, size]}
-        header = json.dumps({self.name: entry}).encode().ljust(_HEADER - 8)
+        shape = (self.n_rows, *self._row)
         self._file.seek(0)
-        self._file.write(len(header).to_bytes(8, "little") + header)
+        self._file.write(encode_header({self.name: (shape, self.dtype)}, align=_HEADER))
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 
@@ -10,18 +11,32 @@ from torch import Tensor, nn
 
 from fastsae.backends import Backend, resolve
 from fastsae.checks import check_choice, check_number, check_type, reject
+from fastsae.formats import STATE_DTYPES, join, new_state
 from fastsae.ops import wide_dtype
 from fastsae.sae import SAE
 
 __all__ = ["RowAdam"]
 
-BLOCK_ELEMENTS = 2**20
+BLOCK_ELEMENTS = 2**18
 """Weights updated at a time: the block, its gradient and its moments stay in a CPU's caches."""
 
 GRAPH_STEPS = 2**20
 """Steps for which a coast table on a GPU has room, 8 MiB: replays of a CUDA graph can't make it longer."""
 
+_STATE = ("exp_avg", "exp_avg_sq", "last_step", "exp_avg_scale", "exp_avg_sq_scale")
+"""What is kept of a parameter, in the order of operators; the scales only of codes."""
+
 _EPSILON = 1e-8  # terms of the coast below this share of the first are left out
+
+
+class _Plain:
+    """torch.optim.Optimizer's methods without a wrapper that imports torch._dynamo when one is first called:
+    170 MiB and seconds, for a tracer to pass them by."""
+
+    add_param_group, state_dict, load_state_dict = (
+        inspect.unwrap(getattr(torch.optim.Optimizer, name))
+        for name in ("add_param_group", "state_dict", "load_state_dict")
+    )
 
 
 class RowAdam(torch.optim.Optimizer):
@@ -47,8 +62,14 @@ class RowAdam(torch.optim.Optimizer):
             are updated by rows (a group may say otherwise with ``row_sparse``) and all others as one.
         lr, betas, eps: as in torch.optim.Adam. ``lr`` may be changed by torch's schedulers.
         mode: "dense", "lazy" or "deferred".
-        state_dtype: dtype of the moments; "float32".
+        state_dtype: how the moments of [M, D] parameters are held, see :mod:`fastsae.formats`: "float32",
+            "bfloat16", "int8", or "int8_row" (one second moment for a row): 8, 4, 2 or 1 bytes a weight. Those
+            of all other parameters stay fp32.
+        seed: of the stochastic rounding of bf16 weights and narrow moments, which is a function of (seed,
+            parameter, step, row, column): a resumed run rounds as an uninterrupted one.
         backend: which backend updates (see :mod:`fastsae.backends`); of an SAE "auto" takes its own.
+
+    bf16 parameters are rounded stochastically; of a split32 :class:`fastsae.SAE` all bits are updated.
 
     Gradients are read from ``.grad``, dense or row-sparse COO, by :meth:`step`; a row is touched if any entry
     of its gradient isn't 0. :func:`fastsae.training.train_step` feeds rows directly, without gradient
@@ -65,16 +86,19 @@ class RowAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         mode: str = "deferred",
         state_dtype: str = "float32",
+        seed: int = 0,
         backend: Backend = "auto",
     ) -> None:
-        check_choice("state_dtype", state_dtype, ("float32",))
         resolve(backend)
         self.backend = params.backend if backend == "auto" and isinstance(params, SAE) else backend
+        self._sae = params if isinstance(params, SAE) else None
         defaults = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "mode": mode,
+            "state_dtype": state_dtype,
+            "seed": seed,
             "row_sparse": None,
             "unit_norm": False,
         }
@@ -87,7 +111,7 @@ class RowAdam(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         """Add a group; what it sets for itself is checked like the arguments of the constructor."""
         _check_group(self.defaults | param_group)
-        super().add_param_group(param_group)
+        _Plain.add_param_group(self, param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -116,44 +140,57 @@ class RowAdam(torch.optim.Optimizer):
             for param in group["params"]:
                 if self._owes(group, param):
                     for lo, hi in self._blocks(param):
-                        self._catch_up(group, [t[lo:hi] for t in self._tensors(param)])
+                        self._catch_up(param, lo, *self._tensors(param, lo, hi))
 
     @torch.no_grad()
-    def flushed(self, param: Tensor) -> Tensor | None:
-        """A copy of ``param`` as :meth:`flush_` would leave it; None if none of its rows owes anything."""
-        group = next((g for g in self.param_groups if any(p is param for p in g["params"])), None)
-        if group is None or not self._owes(group, param):
-            return None
-        weight, *states = self._tensors(param)
-        weight = weight.clone()
-        for lo, hi in self._blocks(param):
-            self._catch_up(group, [weight[lo:hi], *(t[lo:hi].clone() for t in states)])
-        return weight.view_as(param)
+    def flushed(self, param: Tensor, lo: int = 0, hi: int | None = None) -> Tensor:
+        """A copy of rows lo..hi of ``param`` as :meth:`flush_` would leave them; of split32 all their bits."""
+        weight, remainder, state = self._tensors(param, lo, hi)
+        weight, remainder = weight.clone(), None if remainder is None else remainder.clone()
+        if self._owes(self._group(param), param):
+            self._catch_up(param, lo, weight, remainder, [t.clone() for t in state])
+        rows = weight if remainder is None else join(weight, remainder)
+        return rows.view(-1, *param.shape[1:]) if param.ndim else rows.view(param.shape)
 
     def row_steps(self, param: Tensor) -> Tensor:
         """The step up to which each row of ``param`` is up to date, [M] int32."""
         return self._state(param)["last_step"]
 
+    def state_dict(self) -> dict:
+        """Every tensor of the state, and the groups; see torch.optim.Optimizer."""
+        return _Plain.state_dict(self)
+
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore what ``state_dict()`` gave, every tensor in the dtype it was saved in.
 
-        Raises ValueError at states of other shapes, before anything is changed.
+        Copied into states that are here already, so that loading takes no more memory than they do. Raises
+        ValueError at states of other shapes, before anything is changed.
         """
         params = [param for group in self.param_groups for param in group["params"]]
+        groups = [self.defaults | group for group in state_dict["param_groups"] for _ in group["params"]]
         for index, state in state_dict["state"].items():
             if index < len(params):
-                _check_state(index, state, params[index])
-        super().load_state_dict(state_dict)
-        # torch casts all states to their parameter's dtype, which would ruin counters and fp32 moments of
-        # bf16 weights
+                _check_state(index, state, params[index], self._kind(groups[index], params[index]))
+        # torch would cast all states to their parameter's dtype, which ruins counters and codes
+        _Plain.load_state_dict(self, state_dict | {"state": {}})
+        for group in self.param_groups:
+            group |= self.defaults | group
         for index, state in state_dict["state"].items():
-            param = params[index]
-            self.state[param] = {name: t.to(param.device, copy=True) for name, t in state.items()}
+            mine = self.state[params[index]]
+            for name in mine.keys() - state.keys():
+                del mine[name]
+            for name, t in state.items():
+                there = mine.get(name)
+                if there is not None and (there.shape, there.dtype) == (t.shape, t.dtype):
+                    there.copy_(t)
+                else:
+                    mine[name] = t.to(params[index].device, copy=True)
         self._most_steps = max((int(group["steps"]) for group in self.param_groups), default=0)
 
     def __getstate__(self) -> dict:
         # torch copies no attributes
-        return super().__getstate__() | {"backend": self.backend, "_most_steps": self._most_steps}
+        own = {name: getattr(self, name) for name in ("backend", "_most_steps", "_sae")}
+        return super().__getstate__() | own
 
     def begin_step_(self, proceed: Tensor | None = None) -> None:
         """Count the step that the updates up to :meth:`end_step_` belong to.
@@ -184,21 +221,15 @@ class RowAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def update_rows_(self, param: Tensor, rows: Tensor | None, grad: Tensor) -> None:
         """Step the given rows of ``param`` (ascending int64; None: all) by their gradients [rows, ...]."""
-        group = self._group(param)
-        clock = self._clocks[id(group)]
-        if rows is None:
+        dense = self._group(param)["mode"] == "dense"
+        clock = self._clocks[id(self._group(param))]
+        if rows is None or dense:
             for lo, hi in self._blocks(param):
-                self._update(group, clock, [t[lo:hi] for t in self._tensors(param)], None, grad[lo:hi])
-        elif group["mode"] == "dense":
-            for lo, hi in self._blocks(param):
-                first, last = torch.searchsorted(rows, torch.tensor([lo, hi], device=rows.device)).tolist()
-                block = torch.zeros(hi - lo, *param.shape[1:], dtype=wide_dtype(param), device=param.device)
-                if last > first:
-                    block[rows[first:last] - lo] = grad[first:last].to(block.dtype)
-                self._update(group, clock, [t[lo:hi] for t in self._tensors(param)], None, block)
+                part = grad[lo:hi] if rows is None else _block_of(param, rows, grad, lo, hi)
+                self._update(param, clock, *self._tensors(param, lo, hi), None, part, lo)
         else:
             for lo, hi in self._blocks(param, len(rows)):
-                self._update(group, clock, self._tensors(param), rows[lo:hi], grad[lo:hi])
+                self._update(param, clock, *self._tensors(param), rows[lo:hi], grad[lo:hi])
 
     def end_step_(self) -> None:
         """Add this step's learning rate to what idle rows owe."""
@@ -211,21 +242,21 @@ class RowAdam(torch.optim.Optimizer):
     def row_arguments(self, params: Iterable[Tensor]) -> tuple[list, ...]:
         """What ``torch.ops.fastsae.row_step`` must know of three parameters, of which some may be frozen.
 
-        Returns their states (exp_avg, exp_avg_sq, last_step; empty for a frozen one), then ``coasts``,
-        ``clocks``, ``betas``, ``eps`` and ``every_row``.
+        Returns their states (empty for a frozen one), then ``coasts``, ``clocks``, ``betas``, ``eps``,
+        ``seeds`` and ``every_row``.
         """
         found: list[tuple] = []
         for param in params:
             if not param.requires_grad:
                 unused = torch.zeros(4, dtype=torch.float64, device=param.device)
-                found.append(([], None, unused, (0.0, 0.0), 0.0, False))
+                found.append(([], None, unused, (0.0, 0.0), 0.0, 0, False))
                 continue
-            group, state = self._group(param), self._state(param)
-            tensors = [state[name] for name in ("exp_avg", "exp_avg_sq", "last_step")]
+            group, state = self._group(param), self._tensors(param)[2]
             clock, dense = self._clocks[id(group)], group["mode"] == "dense"
-            found.append((tensors, _coast_of(group), clock, group["betas"], group["eps"], dense))
-        states, coasts, clocks, betas, eps, every_row = map(list, zip(*found, strict=True))
-        return *states, coasts, clocks, [beta for pair in betas for beta in pair], eps, every_row
+            seed = self._seed(param)
+            found.append((state, _coast_of(group), clock, group["betas"], group["eps"], seed, dense))
+        states, coasts, clocks, betas, eps, seeds, every_row = map(list, zip(*found, strict=True))
+        return *states, coasts, clocks, [beta for pair in betas for beta in pair], eps, seeds, every_row
 
     def _group(self, param: Tensor) -> dict:
         for group in self.param_groups:
@@ -242,17 +273,22 @@ class RowAdam(torch.optim.Optimizer):
             return False
         return bool((self.row_steps(param) < int(group["steps"])).any())
 
+    def _kind(self, group: dict, param: Tensor) -> str:
+        """How the moments of ``param`` are held: narrow only where they are many."""
+        return group["state_dtype"] if param.ndim == 2 and self._by_rows(param) else "float32"
+
+    def _seed(self, param: Tensor) -> int:
+        """Of the stochastic rounding of ``param``: another one for each parameter."""
+        params = [id(p) for group in self.param_groups for p in group["params"]]
+        return (self._group(param)["seed"] * 0x10001 + params.index(id(param))) % 2**31
+
     def _state(self, param: Tensor) -> dict[str, Tensor]:
-        self._group(param)
+        group = self._group(param)
         state = self.state[param]
         if not state:
             if param.is_cuda and torch.cuda.is_current_stream_capturing():
                 reject("opt", "no states yet, in a CUDA graph's capture", "a step taken before the capture")
-            state["exp_avg"] = torch.zeros_like(
-                param, dtype=wide_dtype(param), memory_format=torch.contiguous_format
-            )
-            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
-            state["last_step"] = torch.zeros(param.shape[:1] or 1, dtype=torch.int32, device=param.device)
+            state.update(_new_state(param, self._kind(group, param)))
         return state
 
     def _blocks(self, param: Tensor, n_rows: int | None = None) -> list[tuple[int, int]]:
@@ -260,25 +296,43 @@ class RowAdam(torch.optim.Optimizer):
         size = max(1, BLOCK_ELEMENTS // max(1, math.prod(param.shape[1:])))
         return [(lo, min(lo + size, n_rows)) for lo in range(0, n_rows, size)]
 
-    def _tensors(self, param: Tensor) -> list[Tensor]:
-        """Weight and moments as [rows, width] views, and last_step [rows]."""
+    def _tensors(
+        self, param: Tensor, lo: int = 0, hi: int | None = None
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Rows lo..hi of weight, remainder and state, as row_update takes them."""
         state = self._state(param)
-        n_rows = param.shape[0] if param.ndim else 1
-        moments = (param.detach(), state["exp_avg"], state["exp_avg_sq"])
-        return [*(t.view(n_rows, -1) for t in moments), state["last_step"]]
+        weight = _as_rows(param)
+        remainder = None if self._sae is None else self._sae.remainder(param)
+        tensors = [state[name] for name in _STATE if name in state]
+        tensors = [t if i == 2 else t.view(len(weight), -1) for i, t in enumerate(tensors)]
+        return weight[lo:hi], None if remainder is None else remainder[lo:hi], [t[lo:hi] for t in tensors]
 
-    def _catch_up(self, group: dict, tensors: list[Tensor]) -> None:
-        steps = int(group["steps"])
-        behind = (tensors[-1] < steps).nonzero().flatten()
+    def _catch_up(
+        self, param: Tensor, first: int, weight: Tensor, remainder: Tensor | None, state: list[Tensor]
+    ) -> None:
+        steps = int(self._group(param)["steps"])
+        behind = (state[2] < steps).nonzero().flatten()
         if len(behind):  # where all rows are, views need no gather
             clock = torch.tensor([steps, 0, 0, 1], dtype=torch.float64, device=behind.device)
-            self._update(group, clock, tensors, None if len(behind) == len(tensors[-1]) else behind, None)
+            rows = None if len(behind) == len(state[2]) else behind
+            self._update(param, clock, weight, remainder, state, rows, None, first)
 
     def _update(
-        self, group: dict, clock: Tensor, tensors: list[Tensor], rows: Tensor | None, grad: Tensor | None
+        self,
+        param: Tensor,
+        clock: Tensor,
+        weight: Tensor,
+        remainder: Tensor | None,
+        state: list[Tensor],
+        rows: Tensor | None,
+        grad: Tensor | None,
+        first: int = 0,
     ) -> None:
+        group = self._group(param)
         torch.ops.fastsae.row_update(
-            *tensors,
+            weight,
+            remainder,
+            state,
             rows,
             None if grad is None else grad.reshape(grad.shape[0], -1),
             _coast_of(group),
@@ -286,7 +340,9 @@ class RowAdam(torch.optim.Optimizer):
             *group["betas"],
             group["eps"],
             group["unit_norm"],
-            resolve(self.backend, tensors[0]),
+            self._seed(param),
+            first,
+            resolve(self.backend, weight),
         )
 
 
@@ -301,6 +357,8 @@ def _check_group(group: dict) -> None:
             reject(f"betas[{i}]", beta, "a number in [0, 1)")
     check_number("eps", group["eps"], low=0.0)
     check_choice("mode", group["mode"], ("dense", "lazy", "deferred"))
+    check_choice("state_dtype", group["state_dtype"], STATE_DTYPES)
+    check_number("seed", group["seed"], integer=True, low=0)
 
 
 def _groups(params: nn.Module | Iterable) -> Iterable:
@@ -318,12 +376,36 @@ def _coast_of(group: dict) -> Tensor | None:
     return group["coast"] if group["mode"] == "deferred" else None
 
 
-def _check_state(index: int, state: dict[str, Tensor], param: Tensor) -> None:
-    shapes = {"exp_avg": param.shape, "exp_avg_sq": param.shape, "last_step": param.shape[:1] or (1,)}
-    for name, shape in shapes.items():
-        got = tuple(state[name].shape) if name in state else "nothing"
-        if got != tuple(shape):
-            reject("state_dict", f"{name} of parameter {index}: {got}", f"{tuple(shape)}")
+def _as_rows(param: Tensor) -> Tensor:
+    """``param`` as [rows, width]: a scalar or what isn't updated by rows is still cut along its first axis."""
+    return param.detach().view(param.shape[0] if param.ndim else 1, -1)
+
+
+def _new_state(param: Tensor, kind: str) -> dict[str, Tensor]:
+    """Moments of 0 by name: as torch has them, in the shape of ``param`` where there is one for each weight."""
+    made = new_state(_as_rows(param), kind)
+    by_weight = [t.ndim == 2 and t.numel() == param.numel() for t in made]
+    return {n: t.view(param.shape) if b else t for n, t, b in zip(_STATE, made, by_weight, strict=False)}
+
+
+def _check_state(index: int, state: dict[str, Tensor], param: Tensor, kind: str) -> None:
+    expected = _new_state(param.detach().to("meta"), kind)
+    for name in expected | state:
+        got, want = (
+            f"{tuple(found[name].shape)} in {found[name].dtype}" if name in found else "nothing"
+            for found in (state, expected)
+        )
+        if got != want:
+            reject("state_dict", f"{name} of parameter {index}: {got}", want)
+
+
+def _block_of(param: Tensor, rows: Tensor, grad: Tensor, lo: int, hi: int) -> Tensor:
+    """The gradients of rows lo..hi, 0 for those that ``rows`` doesn't name."""
+    first, last = torch.searchsorted(rows, torch.tensor([lo, hi], device=rows.device)).tolist()
+    block = torch.zeros(hi - lo, *param.shape[1:], dtype=wide_dtype(param), device=param.device)
+    if last > first:
+        block[rows[first:last] - lo] = grad[first:last].to(block.dtype)
+    return block
 
 
 def _check_grad(grad: Tensor) -> None:

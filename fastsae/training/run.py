@@ -178,7 +178,7 @@ def run(options: RunOptions, *, resume: bool = False) -> dict[str, Any] | None:
     )
     sample = store[train_rows[:_CALIBRATION_TOKENS]]
     sample = sample[sample.isfinite().all(1)]
-    sae.calibrate_(sample.to(device, sae.W_enc.dtype))
+    sae.calibrate_(sample.to(device, sae.dtype))
     dead_after = options.resolve_dead_after(batches.n_tokens)
     trainer = Trainer(sae, batches, dataclasses.replace(options.train_config(), dead_after=dead_after))
     trainer.open(resume=resume)

@@ -4,94 +4,159 @@ tensor.
 Forward and backward are written out over one sparse code. AuxK is a second batch of rows of that code: token
 n's dead latents stand in row N + n, with an error of their own. So one transpose and one pass over the active
 rows of each matrix serve both.
+
+A step may take its tokens in several batches. Of each is kept what the backward needs, its code, encoder
+input and error: less than gradients, which would soon have a row for nearly every latent.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from fastsae import functional as F
 from fastsae import losses
 from fastsae.backends import resolve
 from fastsae.checks import check_number, check_type, reject
-from fastsae.code import SparseCode
-from fastsae.config import AuxK, DecoderNormL1
-from fastsae.ops import upcast
+from fastsae.config import DecoderNormL1
 from fastsae.optim import RowAdam
 from fastsae.sae import SAE
+from fastsae.training.pieces import Piece, auxk_term, forward_piece, join, largest
 
-__all__ = ["train_step"]
+__all__ = ["drop_batches", "train_step"]
 
 _ops = torch.ops.fastsae
 
 
 @torch.no_grad()
 def train_step(
-    sae: SAE, opt: RowAdam, x: Tensor, target: Tensor | None = None, scale: dict[str, float] | None = None
+    sae: SAE,
+    opt: RowAdam,
+    x: Tensor,
+    target: Tensor | None = None,
+    scale: dict[str, float] | None = None,
+    *,
+    accumulate: bool = False,
 ) -> dict[str, Tensor]:
-    """Take one optimizer step on the batch ``x`` [..., d_in].
+    """Take one optimizer step on the batch ``x`` [..., d_in] and on those that ``accumulate`` kept.
 
     Equal to ``training_forward(x, target).loss.backward()``, ``constrain_gradients_()``, ``opt.step()`` and
     ``constrain_weights_()`` in ``train()`` mode, to rounding; but under autocast only inputs are cast, to the
     weights' dtype. A batch that holds, or leads to, NaN or Inf changes no weight, state or counter.
+
+    With ``accumulate`` the batch is only encoded, decoded and kept, until a call without it takes one step on
+    all tokens since the last one, equal to rounding to a step on one batch of them all: ``fvu`` is about
+    their common mean, AuxK works on the latents dead before the first, and any NaN skips the whole step. Two
+    rules see one batch at a time: BatchTopK selects within each, and "scalar" normalisation that is still
+    unset is estimated from the first. Kept are, a token, 2 numbers (with AuxK 3) for each of d_in and its
+    code's entries, in this process alone: neither ``opt.state_dict()`` nor a copy of ``opt`` holds them;
+    :func:`drop_batches` lets them go. A CUDA graph must capture all calls of a step.
+
+        for i, x in enumerate(batches):
+            metrics = train_step(sae, opt, x, accumulate=(i + 1) % 4 != 0)
 
     Args:
         sae: the dictionary, whose counters and thresholds move with it.
         opt: a RowAdam over ``sae``.
         x: raw inputs, any leading shape.
         target: [..., d_out] for a transcoder; None reconstructs x.
-        scale: multipliers of loss terms by name, for schedules, e.g. {"decoder_norm_l1": 0.3}.
+        scale: multipliers of loss terms by name, for schedules, e.g. {"decoder_norm_l1": 0.3}; the same for
+            all batches of a step.
+        accumulate: keep the batch for a later call's step.
 
     Returns:
-        0-dim tensors: loss; each loss term by name, scaled; fvu; l0; n_dead; skipped (1 for a batch with NaN
-        or Inf).
+        0-dim tensors, of all tokens of the step so far: loss; each loss term by name, scaled; fvu; l0;
+        n_dead; skipped (1 for a step with NaN or Inf).
+
+    Raises:
+        ValueError, TypeError: an argument that doesn't fit ``sae``, or the batches kept; these stay.
     """
     _check_optimizer(sae, opt)
+    check_type("accumulate", accumulate, bool, "True or False")
     multipliers = _multipliers(sae, scale)
+    step = _begun.get(opt)
+    if step is not None:
+        step.check(sae, multipliers)
     sae.check_batch(x, target)
     if x.numel() == 0:
         reject("x", f"shape {tuple(x.shape)}", "at least one token")
-    x, target = x.to(sae.W_enc.dtype), None if target is None else target.to(sae.W_dec.dtype)
+    x, target = x.to(sae.dtype), None if target is None else target.to(sae.dtype)
     was_training = sae.training
     sae.train()
     try:
-        if sae.config.normalization == "scalar" and not sae.norm_scale_is_set():
-            return _first_step(sae, opt, x, target, multipliers)
-        return _step(sae, opt, x, target, multipliers)
+        if step is None:
+            step = _Step(sae, multipliers, sae.dead_mask() if auxk_term(sae) else None)
+        step.add(x, target, alone=not (accumulate or step.pieces))
+        if accumulate:
+            _begun[opt] = step
+            return _metrics(sae, *_loss(step))
+        drop_batches(opt)
+        return _take(step, opt)
     finally:
         sae.train(was_training)
 
 
-def _first_step(
-    sae: SAE, opt: RowAdam, x: Tensor, target: Tensor | None, multipliers: dict[str, float]
-) -> dict[str, Tensor]:
-    """A step whose batch sets the scale of the input as well, unless it is skipped; here the host waits."""
-    if x.isfinite().all():
-        sae.estimate_norm_scale_(x)
-    else:
-        sae.norm_scale.fill_(1)
-    metrics = _step(sae, opt, x, target, multipliers)
-    if metrics["skipped"]:
-        sae.unset_norm_scale_()
-    return metrics
+def drop_batches(opt: RowAdam) -> None:
+    """Forget the batches that ``train_step(..., accumulate=True)`` kept for the next step of ``opt``."""
+    _begun.pop(opt, None)
 
 
-def _step(
-    sae: SAE, opt: RowAdam, x: Tensor, target: Tensor | None, multipliers: dict[str, float]
-) -> dict[str, Tensor]:
-    """One step, queued on the device; with Triton, and TopK or BatchTopK, the host learns no result of it."""
-    finite = x.isfinite().all()
-    # NaN ranks first, so that with it every latent may count as active, which nothing has room for
-    forward = _forward(sae, torch.where(finite, x, 0), target, multipliers)
-    proceed = finite & forward.is_finite(sae)
+@dataclass
+class _Step:
+    """A step under way: its batches, and what is the same for all of them.
+
+    dead: [M] bool, the latents that AuxK works on, None without it.
+    sets_scale: whether the scale of the input comes from one of the batches.
+    """
+
+    sae: SAE
+    multipliers: dict[str, float]
+    dead: Tensor | None
+    sets_scale: bool = False
+    pieces: list[Piece] = field(default_factory=list)
+
+    def check(self, sae: SAE, multipliers: dict[str, float]) -> None:
+        """Raise unless another batch may join those kept."""
+        kept = f"the {len(self.pieces)} batches kept for this step"
+        if sae is not self.sae:
+            reject("sae", "another one", f"that of {kept}")
+        if multipliers != self.multipliers:
+            reject("scale", multipliers, f"{self.multipliers}, as for {kept}")
+
+    def add(self, x: Tensor, target: Tensor | None, alone: bool) -> None:
+        """Encode and decode a batch, and keep what is needed of it; ``alone``: no other joins it."""
+        usable = True
+        if self.sae.config.normalization == "scalar" and not self.sae.norm_scale_is_set():
+            # the batch sets the scale of the input as well, unless it is to be skipped; here the host waits
+            usable = bool(x.isfinite().all())
+            if usable:
+                self.sae.estimate_norm_scale_(x)
+                self.sets_scale = True
+            else:
+                self.sae.norm_scale.fill_(1)
+        self.pieces.append(forward_piece(self.sae, x, target, self.dead, alone=alone))
+        if not usable:
+            self.sae.unset_norm_scale_()
+
+
+_begun: WeakKeyDictionary[RowAdam, _Step] = WeakKeyDictionary()
+"""The steps that wait for more batches. Kept beside optimizers, so that no state or copy of one holds any."""
+
+
+def _take(step: _Step, opt: RowAdam) -> dict[str, Tensor]:
+    """The step itself, queued on the device; with Triton, and TopK or BatchTopK, the host learns no result of
+    it."""
+    sae = step.sae
+    loss, proceed = _loss(step)
+    forward = join(sae, step.pieces, loss.weights, loss.l1)
     sae.count_firing_(forward.code, proceed)
     opt.begin_step_(proceed)
     weights = (sae.W_enc, sae.b_enc, sae.W_dec)
     pull = _ops.row_step(
-        *weights, *opt.row_arguments(weights), sae.config.unit_norm_decoder, forward.values, forward.indices,
+        *weights, *map(sae.remainder, weights[::2]), *opt.row_arguments(weights), sae.config.unit_norm_decoder, forward.values, forward.indices,
         forward.offsets, forward.x, forward.error, forward.scale, forward.l1,
         resolve(sae.backend, sae.W_enc),
     )  # fmt: skip
@@ -102,11 +167,18 @@ def _step(
             grad -= pull
         opt.update_rows_(sae.b_dec, None, grad)
     opt.end_step_()
+    metrics = _metrics(sae, loss, proceed)
+    if step.sets_scale and metrics["skipped"]:
+        sae.unset_norm_scale_()
+    return metrics
+
+
+def _metrics(sae: SAE, loss: _Loss, proceed: Tensor) -> dict[str, Tensor]:
     numbers = {
-        "loss": torch.stack([*forward.terms.values()]).sum(),
-        **forward.terms,
-        "fvu": forward.fvu,
-        "l0": forward.code.l0().float().mean(),
+        "loss": torch.stack([*loss.terms.values()]).sum(),
+        **loss.terms,
+        "fvu": loss.fvu,
+        "l0": loss.l0,
     }
     return {name: torch.where(proceed, number, torch.nan) for name, number in numbers.items()} | {
         "n_dead": sae.dead_mask().sum(),
@@ -115,125 +187,73 @@ def _step(
 
 
 @dataclass
-class _Forward:
-    """The code of a batch of N tokens, AuxK's rows below it, and the loss's derivatives at the decoder.
+class _Loss:
+    """The loss over all batches of a step, and its derivatives.
 
-    code: of the N tokens.  values, indices, offsets: CSR over N rows or, with AuxK, 2 N: row N + n is token n
-    again.  x: [N, d_in] what W_enc multiplies.
-    error, scale: [rows, d_out], [rows]; dL / d(decoded row n) = scale[n] error[n], and squares[n] =
-    ||error[n]||^2.
-    l1: dL / d(f_i ||W_dec[i]||) at the first N rows.
+    weights: [1], with AuxK [2]: what the sums of squares are multiplied by in it.
+    l1: dL / d(f_i ||W_dec[i]||) at every token.
     """
 
-    code: SparseCode
-    values: Tensor
-    indices: Tensor
-    offsets: Tensor
-    x: Tensor
-    error: Tensor
-    scale: Tensor
-    squares: Tensor
     terms: dict[str, Tensor]
     fvu: Tensor
-    l1: float = 0.0
-
-    def is_finite(self, sae: SAE) -> Tensor:
-        """Whether the loss, and the square of every gradient by a bound on it, is: 0-dim bool.
-
-        Adam squares gradients, and a moment that overflowed would never recover: no real batch comes near.
-        """
-        unit, width = sae.config.unit_norm_decoder, sae.config.d_out
-        longest = 1.001 if unit else _largest(sae.W_dec) * width**0.5
-        at_decoder = (self.scale * self.squares.sqrt()).amax() + self.l1
-        at_entry = at_decoder * longest
-        stored = torch.arange(len(self.values), device=self.x.device) < self.offsets[-1]
-        bounds = [
-            torch.where(stored, upcast(self.values).abs(), 0).sum() * at_decoder,
-            at_entry * len(self.values) * (_largest(self.x) + 1),
-            at_decoder * len(self.error),
-        ]
-        numbers = torch.stack([*self.terms.values(), *(bound.square() for bound in bounds)])
-        kept = self.squares.amax().sqrt() <= torch.finfo(self.error.dtype).max  # the error, when rounded
-        return numbers.isfinite().all() & kept
+    l0: Tensor
+    weights: Tensor
+    l1: float
 
 
-def _largest(t: Tensor) -> Tensor:
-    """max |t| in at least fp32, without a copy of t."""
-    low, high = t.aminmax()
-    return torch.maximum(upcast(-low), upcast(high))
-
-
-def _forward(sae: SAE, x: Tensor, target: Tensor | None, multipliers: dict[str, float]) -> _Forward:
-    config, backend = sae.config, resolve(sae.backend, sae.W_enc)
-    normalised = sae.normalise(x)
-    target = sae.normalise_target(target, *normalised).reshape(-1, config.d_out).contiguous()
-    x = normalised[0] - sae.b_dec if config.subtract_b_dec else normalised[0]
-    x = x.reshape(-1, config.d_in).contiguous()
-    auxk = next((term for term in config.losses if isinstance(term, AuxK)), None)
-    dead = None if auxk is None else sae.dead_mask()
-    code, second = _encode(sae, x, dead, 0 if auxk is None else auxk.resolve_k(config.d_in), backend)
-    stored = code.values, code.indices, code.offsets
-
-    error, squares = _ops.decode_error(*stored, sae.W_dec, sae.b_dec, target, backend)
-    unit = losses.error_scale(target, config.reconstruction)
-    weight = multipliers["reconstruction"] * unit
-    total = squares.sum()
-    fvu = total * (unit if config.reconstruction == "fvu" else losses.error_scale(target, "fvu"))
-    forward = _Forward(
-        code, code.values, code.indices, code.offsets, x, error, (2 * weight).repeat(len(x)), squares,
-        {"reconstruction": weight * total}, fvu,
-    )  # fmt: skip
+def _loss(step: _Step) -> tuple[_Loss, Tensor]:
+    """The loss; and whether all is finite, as a 0-dim bool."""
+    config, pieces, multipliers = step.sae.config, step.pieces, step.multipliers
+    counts = [len(piece.x) for piece in pieces]
+    squares = _sum([piece.squares for piece in pieces])
+    spread = losses.joined_spread([piece.spread for piece in pieces])
+    unit = spread.scale(config.reconstruction)
+    weights, l1 = [multipliers["reconstruction"] * unit], 0.0
+    terms = {"reconstruction": weights[0] * squares[0]}
     for term in config.losses:
         if isinstance(term, DecoderNormL1):
-            forward.l1 = multipliers[term.name] * term.coefficient / len(x)
-            norms = losses.decoder_norm_l1(code, sae.W_dec, term.coefficient)
-            forward.terms[term.name] = multipliers[term.name] * norms
-        elif dead is not None:
-            share = (dead.sum() / term.resolve_k(config.d_in)).clamp_max(1)
-            factor = multipliers[term.name] * unit * term.coefficient * share
-            forward.terms[term.name] = _append_auxk(forward, second, sae, factor, backend)
-    return forward
+            l1 = multipliers[term.name] * term.coefficient / sum(counts)
+            norms = [piece.norms for piece in pieces if piece.norms is not None]
+            terms[term.name] = multipliers[term.name] * _mean(norms, counts)
+        elif step.dead is not None:
+            share = (step.dead.sum() / term.resolve_k(config.d_in)).clamp_max(1)
+            weights.append(multipliers[term.name] * unit * term.coefficient * share)
+            terms[term.name] = weights[1] * squares[1]
+    l0 = _mean([piece.l0 for piece in pieces], counts)
+    loss = _Loss(terms, squares[0] * spread.scale("fvu"), l0, torch.stack(weights), l1)
+    finite = torch.stack([piece.finite for piece in pieces]).all()
+    return loss, finite & _is_finite(step, loss)
 
 
-def _encode(
-    sae: SAE, x: Tensor, dead: Tensor | None, k_aux: int, backend: str
-) -> tuple[SparseCode, tuple[Tensor, ...]]:
-    """The code of x, and with ``dead`` its code over these; of neither is there more than is stored, but for
-    the second one's where the host mustn't wait to learn its length (Triton)."""
-    rule, threshold = F.selection(sae.config.activation, sae.threshold_in_use(), sae.W_enc)
-    k = getattr(sae.config.activation, "k", 0)
-    if dead is None:
-        stored = _ops.encode(x, sae.W_enc, sae.b_enc, threshold, None, rule, k, backend)
-        return SparseCode(stored[0], stored[1], stored[2], sae.config.n_latents), ()
-    both = _ops.encode_dead(x, sae.W_enc, sae.b_enc, threshold, dead, rule, k, k_aux, backend)
-    first, second = both[:3], both[3:]
-    if rule == "threshold":
-        first = _trimmed(*first)
-    if backend != "triton":
-        second = _trimmed(*second)
-    return SparseCode(first[0], first[1], first[2], sae.config.n_latents), second
+def _is_finite(step: _Step, loss: _Loss) -> Tensor:
+    """Whether the loss, and the square of every gradient by a bound on it, is: 0-dim bool.
+
+    Adam squares gradients, and a moment that overflowed would never recover: no real batch comes near.
+    """
+    sae, pieces = step.sae, step.pieces
+    longest = 1.001 if sae.config.unit_norm_decoder else largest(sae.W_dec) * sae.config.d_out**0.5
+    peaks = torch.stack([piece.peaks for piece in pieces]).amax(0).sqrt()
+    at_decoder = 2 * (loss.weights * peaks).amax() + loss.l1
+    at_entry = at_decoder * longest
+    x = torch.stack([piece.largest for piece in pieces]).amax()
+    rows = sum(len(piece.x) * len(piece.squares) for piece in pieces)
+    bounds = [
+        _sum([piece.magnitude for piece in pieces]) * at_decoder,
+        at_entry * sum(piece.entries for piece in pieces) * (x + 1),
+        at_decoder * rows,
+    ]
+    numbers = torch.stack([*loss.terms.values(), *(bound.square() for bound in bounds)])
+    kept = peaks.amax() <= torch.finfo(pieces[0].error.dtype).max  # the error, when rounded
+    return numbers.isfinite().all() & kept
 
 
-def _trimmed(values: Tensor, indices: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    stored = int(offsets[-1])
-    return values[:stored], indices[:stored], offsets
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack([*parts]).sum(0)
 
 
-def _append_auxk(
-    forward: _Forward, second: tuple[Tensor, ...], sae: SAE, factor: Tensor, backend: str
-) -> Tensor:
-    """Append AuxK's rows to ``forward``; return the term. See :func:`fastsae.losses.auxk`."""
-    values, indices, offsets = second
-    if not len(values):
-        return torch.zeros_like(factor)
-    missed, squares = _ops.decode_error(*second, sae.W_dec, None, -forward.error, backend)
-    forward.values = torch.cat([forward.values, values])
-    forward.indices = torch.cat([forward.indices, indices])
-    forward.offsets = torch.cat([forward.offsets, forward.offsets[-1] + offsets[1:]])
-    forward.error = torch.cat([forward.error, missed])
-    forward.scale = torch.cat([forward.scale, (2 * factor).repeat(len(missed))])
-    forward.squares = torch.cat([forward.squares, squares])
-    return factor * squares.sum()
+def _mean(parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """The mean over all tokens of what ``parts`` are means of over ``counts`` tokens each."""
+    return _sum([part * (count / sum(counts)) for part, count in zip(parts, counts, strict=True)])
 
 
 def _check_optimizer(sae: SAE, opt: RowAdam) -> None:

@@ -26,7 +26,7 @@ from fastsae.training.checkpoint import (
     save_checkpoint,
 )
 from fastsae.training.logs import RunLog, check_sinks, read_log
-from fastsae.training.step import train_step
+from fastsae.training.step import drop_batches, train_step
 
 __all__ = ["NotFinite", "TrainConfig", "Trainer"]
 
@@ -45,13 +45,15 @@ class TrainConfig:
     Args:
         out: run directory, see ``Trainer.fit``; None writes nothing.
         hook: which entry of the batches to train on, where they are dicts by hook.
-        n_steps: optimizer steps in all; None takes ``len(activations)``.
+        n_steps: optimizer steps in all; None takes ``len(activations) // accumulate``.
+        accumulate: batches per optimizer step, see :func:`train_step`. Schedules, logs, checkpoints and skips
+        go by steps. Where the activations end within a step, its batches are left out.
         lr, betas, eps, mode, state_dtype: of :class:`fastsae.optim.RowAdam`.
         warmup: share of the run over which the learning rate rises linearly from 0.
         decay: share of the run, at its end, over which it falls linearly to 0.
         sparsity_warmup: share of the run over which sparsity coefficients (DecoderNormL1) rise linearly from
         0.
-        on_nan: "skip" leaves a batch with NaN or Inf out and counts it; "stop" ends the run with an error.
+        on_nan: "skip" leaves a step with NaN or Inf out and counts it; "stop" ends the run with an error.
         log_every, checkpoint_every: in steps; None for checkpoints writes only the last one.
         keep_checkpoints: how many of the newest to keep.
         dead_after: tokens without firing that make a latent dead in the logs; None: as AuxK says, else 10 M.
@@ -65,6 +67,7 @@ class TrainConfig:
     out: str | Path | None = None
     hook: str | None = None
     n_steps: int | None = None
+    accumulate: int = 1
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -88,8 +91,10 @@ class TrainConfig:
         if self.warmup + self.decay > 1:
             reject("warmup + decay", self.warmup + self.decay, "at most 1")
         check_choice("on_nan", self.on_nan, ("skip", "stop"))
-        for name in ("n_steps", "log_every", "checkpoint_every", "keep_checkpoints", "dead_after"):
-            if getattr(self, name) is not None or name in ("log_every", "keep_checkpoints"):
+        for name in ("accumulate", "log_every", "keep_checkpoints"):
+            check_number(name, getattr(self, name), integer=True, low=1)
+        for name in ("n_steps", "checkpoint_every", "dead_after"):
+            if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), integer=True, low=1)
         check_sinks(self.tensorboard, self.wandb)
 
@@ -189,30 +194,44 @@ class Trainer:
 
     def _steps(self) -> Iterator[dict[str, Any]]:
         """Train to the end; yield the rows to be logged."""
-        config, start, since = self.config, time.perf_counter(), self.step
-        batches = self._batches()
+        config, start, since, tokens = self.config, time.perf_counter(), self.step, 0
+        batches, metrics = self._batches(), {}
+        drop_batches(self.opt)  # of a step that an error broke off
         while self.step < self.n_steps and not self.stopped:
-            batch = next(batches, None)
-            if batch is None:
+            taken = self._take_step(batches)
+            if taken is None:
                 _log.warning("the activations ended after %d of %d steps", self.step, self.n_steps)
                 break
-            x, target = self._unpack(batch)
-            for group in self.opt.param_groups:
-                group["lr"] = self._lr()
-            rise = min(1.0, (self.step + 1) / max(1, round(config.sparsity_warmup * self.n_steps)))
-            scale = {term.name: rise for term in self.sae.config.losses if term.name in _SPARSITY_TERMS}
-            metrics = train_step(self.sae, self.opt, x, target, scale)
+            metrics, tokens = taken[0], tokens + taken[1]
             self.step += 1
             self.stopped = self._signal is not None
             if metrics["skipped"]:
                 self._skip()
             if self.step % config.log_every == 0 or self.step == self.n_steps or self.stopped:
-                yield self._row(metrics, x, self.step - since, start)
-                start, since = time.perf_counter(), self.step
+                yield self._row(metrics, tokens, start)
+                start, since, tokens = time.perf_counter(), self.step, 0
             if config.out and config.checkpoint_every and self.step % config.checkpoint_every == 0:
                 self.save_checkpoint()
         if self.step > since:  # the activations ended between two rows
-            yield self._row(metrics, x, self.step - since, start)
+            yield self._row(metrics, tokens, start)
+
+    def _take_step(self, batches: Iterator) -> tuple[dict[str, Tensor], int] | None:
+        """Take a step; return its metrics and tokens, or None where too few batches are left for one."""
+        rise = min(1.0, (self.step + 1) / max(1, round(self.config.sparsity_warmup * self.n_steps)))
+        scale = {term.name: rise for term in self.sae.config.losses if term.name in _SPARSITY_TERMS}
+        metrics, tokens = {}, 0
+        for left in reversed(range(self.config.accumulate)):
+            batch = next(batches, None)
+            if batch is None:
+                drop_batches(self.opt)
+                return None
+            x, target = self._unpack(batch)
+            tokens += x.shape[:-1].numel()
+            if not left:
+                for group in self.opt.param_groups:
+                    group["lr"] = self._lr()
+            metrics = train_step(self.sae, self.opt, x, target, scale, accumulate=left > 0)
+        return metrics, tokens
 
     def _unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """Input and target of a batch, where and as the weights are."""
@@ -225,9 +244,9 @@ class Trainer:
             if self.config.hook not in x:
                 reject("hook", repr(self.config.hook), f"one of the batches' {sorted(x)}")
             x = x[self.config.hook]
-        weight = self.sae.W_enc
-        x = x.to(weight.device, weight.dtype)
-        return x, None if target is None else target.to(weight.device, weight.dtype)
+        device, dtype = self.sae.W_enc.device, self.sae.dtype
+        x = x.to(device, dtype)
+        return x, None if target is None else target.to(device, dtype)
 
     def _skip(self) -> None:
         self.skipped += 1
@@ -235,11 +254,12 @@ class Trainer:
             if self.config.out:
                 self.save_checkpoint(stopped_at_nan=True)
             raise NotFinite(
-                f"activations: got NaN or Inf in the batch of step {self.step}, expected finite numbers"
-                " (on_nan = skip leaves such batches out)"
+                f"activations: got NaN or Inf in {'the batch' if self.config.accumulate == 1 else 'a batch'} of"
+                f" step {self.step}, expected finite numbers (on_nan = skip leaves such steps out)"
             )
 
-    def _row(self, metrics: dict[str, Tensor], x: Tensor, steps: int, start: float) -> dict[str, Any]:
+    def _row(self, metrics: dict[str, Tensor], tokens: int, start: float) -> dict[str, Any]:
+        """The row of the last step; ``tokens``: how many were trained on since ``start``."""
         seconds = time.perf_counter() - start
         self.seconds += seconds
         numbers = {name: t.item() for name, t in metrics.items() if name not in ("n_dead", "skipped")}
@@ -249,7 +269,7 @@ class Trainer:
             **{name: value if value == value else None for name, value in numbers.items()},  # JSON has no NaN
             "dead_share": len(self.sae.dead_latents(self.config.dead_after)) / self.sae.config.n_latents,
             "lr": self.opt.param_groups[0]["lr"],
-            "tokens_per_s": x.shape[:-1].numel() * steps / seconds,
+            "tokens_per_s": tokens / seconds,
             "skipped": self.skipped,
         }
 
@@ -270,7 +290,7 @@ class Trainer:
         now = random_state()
         restore_random_state(self._first_random)
         batches = iter(self.activations)
-        for _ in range(self.step):
+        for _ in range(self.step * self.config.accumulate):
             next(batches, None)
         restore_random_state(now)
         return batches
@@ -313,11 +333,14 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one it continues, or its numbers would differ."""
-        names = ("lr", "betas", "eps", "mode", "state_dtype", "warmup", "decay", "sparsity_warmup")
+        names = (
+            "accumulate", "lr", "betas", "eps", "mode", "state_dtype", "warmup", "decay", "sparsity_warmup",
+        )  # fmt: skip
         return {
             **{name: getattr(self.config, name) for name in names},
             "n_steps": self.n_steps,
-            "dtype": str(self.sae.W_enc.dtype),
+            "dtype": str(self.sae.dtype),
+            "weight_format": self.sae.weight_format,
             **self.sae.config.to_dict(),
         }
 
@@ -347,7 +370,9 @@ def _total_steps(activations: Iterable, config: TrainConfig) -> int:
         return config.n_steps
     if not isinstance(activations, Sized):
         reject("n_steps", None, "a number of steps, since the activations have no length")
-    return len(activations)
+    if 0 < len(activations) < config.accumulate:
+        reject("accumulate", config.accumulate, f"at most the {len(activations)} batches of activations")
+    return len(activations) // config.accumulate
 
 
 @contextmanager

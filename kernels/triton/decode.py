@@ -42,9 +42,12 @@ TRIALS = (
 """What FASTSAE_AUTOTUNE=1 tries beside the table's."""
 
 
-def slice_width(width: int, most: int) -> int:
-    """Of ``most``, its half and its quarter, the one that cuts ``width`` with the fewest idle columns."""
-    choices = [w for w in (most, most // 2, most // 4) if w] or [1]
+def slice_width(width: int, most: int, least: int = 1) -> int:
+    """Of ``most``, its half and its quarter, the one that cuts ``width`` with the fewest idle columns.
+
+    None below ``least``, except where that is more than the whole of ``width`` needs.
+    """
+    choices = [w for w in (most, most // 2, most // 4) if w >= least] or [least]
     best = min(choices, key=lambda w: (-width % w, -w))
     return min(best, triton.next_power_of_2(max(width, 1)))
 

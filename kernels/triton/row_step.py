@@ -112,11 +112,11 @@ def _walk(
     return acc, db, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def decoder_step_kernel(
     w_ptr, rows_ptr, starts_ptr, owner_ptr, split_ptr, entries, parts_ptr, sums_ptr, db_ptr, state, hyper,
-    R, M, D, N, l1, DEC: tl.constexpr, PIECES: tl.constexpr, UNIT_NORM: tl.constexpr,
-    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    seed, R, M, D, N, l1, DEC: tl.constexpr, PIECES: tl.constexpr, UNIT_NORM: tl.constexpr,
+    PER_ROW: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Row pid of the R that rows_ptr names (below M; None: all), into w, its ``state`` and db [M].
 
@@ -162,19 +162,22 @@ def decoder_step_kernel(
         if DEC:
             acc += w * (l1 * total / tl.maximum(length, 1e-12))
             rows = row + tl.zeros((1,), tl.int64)
-            adam_rows(w, acc, w_ptr, rows, offs_d, rows == row, D, state, hyper, True, UNIT_NORM)
+            adam_rows(
+                w, acc, w_ptr, rows, 0, rows == row, D, state, hyper, seed, 0, True, UNIT_NORM, PER_ROW
+            )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def encoder_step_kernel(
     w_ptr, rows_ptr, starts_ptr, split_ptr, tokens_ptr, d_pre_ptr, x_ptr, parts_ptr, db_ptr, pull_ptr, state,
-    hyper, R, M, D, ENC: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    hyper, seed, R, M, D, ENC: tl.constexpr, PER_ROW: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A slice of rows pid, pid + programs, ... of the R that rows_ptr names (below M; None: all); pull[pid].
 
     state is row_update's; without ENC w stays. parts: row_grads' of d_pre and x.
     """
-    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    start_d = tl.program_id(1) * BLOCK_D
+    offs_d = start_d + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     pull = tl.zeros((BLOCK_D,), tl.float32)
     for r in range(tl.program_id(0).to(tl.int64), R, tl.num_programs(0)):
@@ -189,6 +192,7 @@ def encoder_step_kernel(
             if ENC:
                 rows = row + tl.zeros((1,), tl.int64)
                 adam_rows(
-                    w[None, :], g[None, :], w_ptr, rows, offs_d, rows == row, D, state, hyper, True, False
-                )
+                    w[None, :], g[None, :], w_ptr, rows, start_d, rows == row, D, state, hyper, seed, 0,
+                    True, False, PER_ROW,
+                )  # fmt: skip
     tl.store(pull_ptr + tl.program_id(0) * D + offs_d, pull, mask=mask_d)

@@ -4,8 +4,9 @@
     step:    m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;  w -= size m / (sqrt v + eps')
 
 One program owns BLOCK_R rows (one, unless they are short), whole, in registers: every norm and product is
-then a sum within the program, and weight and moments are read and written once, 24 bytes an element in fp32
-and 4 more for the gradient, for about 20 FLOPs: bandwidth decides. A lane holds 16 elements of each.
+then a sum within the program, and weight and moments are read and written once, for about 20 FLOPs an
+element: bandwidth decides. They are 24 bytes an element in fp32, 12 in split32 with int8 moments, 6 in bf16
+with int8_row (see formats.py), and 4 more for the gradient. A lane holds 16 elements of each.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
+from fastsae.kernels.formats import join, random_bits, read_moment, write_moment, write_weight
 
 __all__ = ["CONFIGS", "WIDEST", "RowUpdateConfig", "adam_rows", "row_update_kernel"]
 
@@ -64,22 +66,33 @@ def _coast(w, m, v, last, until, coast_ptr, eps, log2_beta1, log2_beta2, mask_r)
 
 @triton.jit
 def adam_rows(
-    w, g, w_ptr, rows, offs_d, mask_r, D, state, hyper, HAS_GRAD: tl.constexpr, UNIT_NORM: tl.constexpr
-):
-    """Update the rows [R] int64 of w_ptr where ``mask_r`` [R]; w, g: they and their gradient, [R, D].
+    w, g, w_ptr, rows, start, mask_r, D, state, hyper, seed, first,
+    HAS_GRAD: tl.constexpr, UNIT_NORM: tl.constexpr, PER_ROW: tl.constexpr,
+):  # fmt: skip
+    """Update columns ``start``.. of the rows [R] int64 of w_ptr where ``mask_r`` [R].
 
-    offs_d: [D]. state: exp_avg, exp_avg_sq, last_step, a copy of it to read where several programs share a
-    row (or None), coast (or None), clock.
+    w, g: [R, W] fp32, as loaded from w_ptr and the gradient; 0 beyond the row, of which there are then no
+    columns outside: W may be less than D only where neither UNIT_NORM nor PER_ROW needs sums over the row.
+    state: of split32 the remainder, exp_avg, exp_avg_sq ([M, 1] with PER_ROW), last_step, of codes their
+    scales, a copy of last_step to read where several programs share a row, coast (all but these three moments
+    may be None), clock.
     hyper: beta1, 1 - beta1, log2 beta1, beta2, 1 - beta2, log2 beta2, eps.
+    seed, first: int32, of the random numbers, in which row i goes by first + i.
     """
-    m_ptr, v_ptr, last_ptr, before_ptr, coast_ptr, clock_ptr = state
+    rest_ptr, m_ptr, v_ptr, last_ptr, m_scale_ptr, v_scale_ptr, before_ptr, coast_ptr, clock_ptr = state
     beta1, rest1, log2_beta1, beta2, rest2, log2_beta2, eps = hyper
+    columns = start + tl.arange(0, w.shape[1])
     step = tl.load(clock_ptr).to(tl.int32)
     mask_r = tl.where(tl.load(clock_ptr + 3) != 0, mask_r, False)
-    mask = mask_r[:, None] & (offs_d < D)[None, :]  # [R, D]
-    places = rows[:, None] * D + offs_d[None, :]
-    m = tl.load(m_ptr + places, mask=mask, other=0).to(tl.float32)
-    v = tl.load(v_ptr + places, mask=mask, other=0).to(tl.float32)
+    mask = mask_r[:, None] & (columns < D)[None, :]  # [R, W]
+    places = rows[:, None] * D + columns[None, :]
+    if rest_ptr is not None:
+        w = join(w, tl.load(rest_ptr + places, mask=mask, other=0))
+    m = read_moment(m_ptr, m_scale_ptr, rows, columns, mask, D, True)
+    if PER_ROW:
+        v = tl.load(v_ptr + rows, mask=mask_r, other=0)[:, None]
+    else:
+        v = read_moment(v_ptr, v_scale_ptr, rows, columns, mask, D, False)
     if coast_ptr is not None:
         last = tl.load((last_ptr if before_ptr is None else before_ptr) + rows, mask=mask_r, other=0)
         until = step - (1 if HAS_GRAD else 0)
@@ -90,23 +103,35 @@ def adam_rows(
             along = tl.sum(g * w, axis=1) * inverse * inverse
             g -= along[:, None] * w
         m = beta1 * m + rest1 * g
-        v = beta2 * v + rest2 * g * g
+        if PER_ROW:
+            v = beta2 * v + rest2 * (tl.sum(g * g, axis=1) / D)[:, None]
+        else:
+            v = beta2 * v + rest2 * g * g
         size, floor = tl.load(clock_ptr + 1).to(tl.float32), tl.load(clock_ptr + 2).to(tl.float32)
         w -= size * m / (tl.sqrt(v) + floor)
     if UNIT_NORM:
         length = tl.maximum(tl.sqrt(tl.sum(w * w, axis=1)), 1e-12)
         w /= length[:, None]
+    random_m: tl.constexpr = m_ptr.dtype.element_ty != tl.float32
+    random_v: tl.constexpr = v_ptr.dtype.element_ty != tl.float32
+    random_w: tl.constexpr = w_ptr.dtype.element_ty == tl.bfloat16 and rest_ptr is None
+    for_w, for_m, for_v = rows, rows, rows  # unused
+    if random_w or random_m or random_v:
+        for_w, for_m, for_v = random_bits(seed, step, rows + first, columns, random_v)
     tl.debug_barrier()  # all warps have read last_step, and the row, before any of them writes
-    tl.store(m_ptr + places, m.to(m_ptr.dtype.element_ty), mask=mask)
-    tl.store(v_ptr + places, v.to(v_ptr.dtype.element_ty), mask=mask)
-    tl.store(w_ptr + places, w.to(w_ptr.dtype.element_ty), mask=mask)
+    write_moment(m_ptr, m_scale_ptr, m, for_m, rows, start, mask_r, D, True)
+    if PER_ROW:
+        tl.store(v_ptr + rows[:, None], v, mask=mask_r[:, None])
+    else:
+        write_moment(v_ptr, v_scale_ptr, v, for_v, rows, start, mask_r, D, False)
+    write_weight(w_ptr, rest_ptr, places, w, for_w, mask)
     tl.store(last_ptr + rows, tl.zeros_like(rows).to(tl.int32) + step, mask=mask_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "first"])
 def row_update_kernel(
-    w_ptr, rows_ptr, grad_ptr, state, hyper, R, M, D,
-    UNIT_NORM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    w_ptr, rows_ptr, grad_ptr, state, hyper, seed, first, R, M, D,
+    UNIT_NORM: tl.constexpr, PER_ROW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """R rows, those that rows_ptr names or, without it, all in order; grad [R, D] or None."""
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -120,4 +145,6 @@ def row_update_kernel(
     g = w  # unused without a gradient
     if grad_ptr is not None:
         g = tl.load(grad_ptr + offs_r[:, None] * D + offs_d[None, :], mask=mask, other=0).to(tl.float32)
-    adam_rows(w, g, w_ptr, rows, offs_d, mask_r, D, state, hyper, grad_ptr is not None, UNIT_NORM)
+    adam_rows(
+        w, g, w_ptr, rows, 0, mask_r, D, state, hyper, seed, first, grad_ptr is not None, UNIT_NORM, PER_ROW
+    )

@@ -30,7 +30,7 @@ def _decode_rows(values, indices, offsets, W_dec, b_dec, target) -> tuple[Tensor
 
     def run(config: _decode.DecodeConfig) -> tuple[Tensor, Tensor]:
         width = _decode.slice_width(d, config.most_columns)
-        out = W_dec.new_empty(n, d)
+        out = (values if target is None else target).new_empty(n, d)
         squares = W_dec.new_empty(0 if target is None else n, -(-d // width), dtype=torch.float32)
         launch(
             _decode.decode_kernel, (n, -(-d // width)),

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from fastsae.backends.triton.encode_fused import encode_topk_fused
-from fastsae.backends.triton.support import architecture, launch, score
+from fastsae.backends.triton.support import architecture, factors, launch, score
 from fastsae.checks import reject
 from fastsae.kernels import encode as kernels
 from fastsae.kernels.common import choose
@@ -43,7 +43,7 @@ def encode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fastsae.backends.reference.encode`. Holds ROWS * CHUNK fp32 scores and a few candidates.
 
-    k <= 1024. The host waits for the device under the rule "threshold" only, to learn how many scores pass.
+    Beside bf16 weights an fp32 x is rounded for a GPU's GEMM, in a copy of it. k <= 1024. The host waits for the device under the rule "threshold" only, to learn how many scores pass.
     """
     if rule == "topk" and subset is None and _fused_is_faster(x, W_enc):
         return encode_topk_fused(x, W_enc, b_enc, k)
@@ -94,7 +94,7 @@ class _Chunk(NamedTuple):
 def _chunks(x: Tensor, W: Tensor, b: Tensor | None, subset: Tensor | None) -> Iterator[_Chunk]:
     """The scores of all tokens and latents, a chunk at a time in one buffer, columns innermost."""
     m = len(W if subset is None else subset)
-    n = min(len(x), ROWS)
+    n, (x, W) = min(len(x), ROWS), factors(x, W)
     if n == 0 or m == 0:
         return
     width = min(m, ROWS * CHUNK // n // 128 * 128 or CHUNK)
@@ -128,7 +128,7 @@ class _TopList:
         if k > MAX_K_DEAD:
             reject("k_aux", k, f"at most {MAX_K_DEAD} on backend 'triton'")
         n, device = len(x), x.device
-        self.k, self.dtype, self.subset, self.allowed = k, W.dtype, subset, allowed
+        self.k, self.dtype, self.subset, self.allowed = k, x.dtype, subset, allowed
         self.config = choose(kernels.CONFIGS, architecture(device), CHUNK)
         room = 4 * k if k <= 256 else 2 * k  # after each chunk k remain, and few are added to them
         self.capacity = triton.next_power_of_2(max(room, k + self.config.block))
@@ -210,7 +210,7 @@ class _BatchList:
     """The ``keep`` best scores of all tokens, ties by (token, column), in a list that each chunk rewrites."""
 
     def __init__(self, x: Tensor, W: Tensor, subset: Tensor | None, keep: int) -> None:
-        self.keep, self.dtype, self.subset = keep, W.dtype, subset
+        self.keep, self.dtype, self.subset = keep, x.dtype, subset
         starts = torch.zeros(len(x) + 1, dtype=torch.int64, device=x.device)
         # 4 * keep: the cut needs finding only in about every fourth chunk
         self.list, self.spare = (_Entries.empty(4 * keep, x, starts) for _ in range(2))
@@ -264,7 +264,7 @@ class _ThresholdList:
     """All scores above ``cut``, 0-dim or one for each column; asks the device how many each chunk holds."""
 
     def __init__(self, x: Tensor, W: Tensor, subset: Tensor | None, cut: Tensor) -> None:
-        self.cut, self.dtype, self.subset = cut, W.dtype, subset
+        self.cut, self.dtype, self.subset = cut, x.dtype, subset
         self.parts: list[_Entries] = []
         self.none = _Entries.empty(0, x, torch.zeros(len(x) + 1, dtype=torch.int64, device=x.device))
 

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastsae.backends.triton.support import architecture, launch, score
+from fastsae.backends.triton.support import architecture, factors, launch, score
 from fastsae.kernels import encode_fused as kernels
 from fastsae.kernels.common import choose
 
@@ -34,7 +34,8 @@ def encode_topk_fused(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``encode`` by the rule "topk" as :func:`fastsae.backends.reference.encode` defines it.
 
-    Exact for the scores that its kernels produce, in fp32 of inputs in fp32, bf16 or fp16. Holds a sample of
+    Exact for the scores that its kernels produce, in fp32 of inputs in fp32, bf16 or fp16 (on a GPU those of
+    x rounded to W_enc's dtype, where they differ). Holds a sample of
     the scores and a few hundred candidates a token, never [N, M].
     """
     values, indices, _ = _encode(x, W_enc, b_enc, k)
@@ -47,7 +48,8 @@ def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> tuple[Ten
     x, W_enc, b_enc = x.contiguous(), W_enc.contiguous(), None if b_enc is None else b_enc.contiguous()
     n, m, device = x.shape[0], W_enc.shape[0], x.device
     k = min(k, m)
-    values = W_enc.new_empty(n * k)
+    values = x.new_empty(n * k)
+    x, W_enc = factors(x, W_enc)
     indices = torch.empty(n * k, dtype=torch.int32, device=device)
     n_rescued = torch.zeros(1, dtype=torch.int32, device=device)
     if n and k:

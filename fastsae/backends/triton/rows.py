@@ -16,6 +16,7 @@ from fastsae.kernels import row_step as _row_step
 from fastsae.kernels import row_update as _row_update
 from fastsae.kernels.common import choose
 from fastsae.kernels.decode import slice_width
+from fastsae.kernels.formats import BLOCK
 
 __all__ = ["row_grads", "row_step", "row_update"]
 
@@ -63,9 +64,8 @@ def _pieces(starts: Tensor, n_entries: int) -> tuple[Tensor, Tensor, int]:
 
 def row_update(
     weight: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    last_step: Tensor,
+    remainder: Tensor | None,
+    state: list[Tensor],
     rows: Tensor | None,
     grad: Tensor | None,
     coast: Tensor | None,
@@ -74,6 +74,8 @@ def row_update(
     beta2: float,
     eps: float,
     unit_norm: bool,
+    seed: int,
+    first: int,
 ) -> None:
     """See :func:`fastsae.backends.reference.row_update`. Reads the clock on the GPU; rows up to WIDEST."""
     m, d = weight.shape
@@ -83,8 +85,9 @@ def row_update(
     block_r = max(1, config.elements // block_d)
     launch(
         _row_update.row_update_kernel, (-(-n_rows // block_r),),
-        weight, rows, grad, (exp_avg, exp_avg_sq, last_step, None, coast, clock), _hyper(beta1, beta2, eps),
-        n_rows, m, d, UNIT_NORM=unit_norm, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=config.num_warps,
+        weight, rows, grad, _state(remainder, state, None, coast, clock), _hyper(beta1, beta2, eps),
+        _int32(seed), _int32(first), n_rows, m, d, UNIT_NORM=unit_norm, PER_ROW=_per_row(state),
+        BLOCK_R=block_r, BLOCK_D=block_d, num_warps=config.num_warps,
     )  # fmt: skip
 
 
@@ -92,6 +95,8 @@ def row_step(
     W_enc: Tensor,
     b_enc: Tensor,
     W_dec: Tensor,
+    enc_remainder: Tensor | None,
+    dec_remainder: Tensor | None,
     enc_state: list[Tensor],
     bias_state: list[Tensor],
     dec_state: list[Tensor],
@@ -99,6 +104,7 @@ def row_step(
     clocks: list[Tensor],
     betas: list[float],
     eps: list[float],
+    seeds: list[int],
     every_row: list[bool],
     unit_norm: bool,
     values: Tensor,
@@ -113,9 +119,11 @@ def row_step(
     (m, d_in), d_out, n = W_enc.shape, W_dec.shape[1], x.shape[0]
     latents, starts, tokens, order = transpose(values, indices, offsets, m)
     owner, split, slots = _pieces(starts, tokens.shape[0])
-    # the encoder's slices of a row each read last_step, and each write it
-    enc = (*enc_state, enc_state[2].clone(), coasts[0], clocks[0]) if enc_state else None
-    dec = (*dec_state, None, coasts[2], clocks[2]) if dec_state else None
+    enc = dec = None
+    if enc_state:  # a row's slices each read last_step, and each write it
+        enc = _state(enc_remainder, enc_state, enc_state[2].clone(), coasts[0], clocks[0])
+    if dec_state:
+        dec = _state(dec_remainder, dec_state, None, coasts[2], clocks[2])
     # rows, and their first places; by whether every row is meant
     runs: dict[bool, tuple[Tensor | None, Tensor]] = {False: (latents, starts)}
     if any(every_row):
@@ -138,8 +146,9 @@ def row_step(
         launch(
             _row_step.decoder_step_kernel, (slots if pieces else n_rows,),
             W_dec, rows, firsts, owner, split, entries, parts, sums, db,
-            dec, _hyper(betas[4], betas[5], eps[2]),
-            n_rows, m, d_out, n, l1, DEC=dec is not None, PIECES=pieces, UNIT_NORM=unit_norm, **blocks,
+            dec, _hyper(betas[4], betas[5], eps[2]), _int32(seeds[2]),
+            n_rows, m, d_out, n, l1, DEC=dec is not None, PIECES=pieces, UNIT_NORM=unit_norm,
+            PER_ROW=_per_row(dec_state), **blocks,
         )  # fmt: skip
 
     if error.shape[0] > n:
@@ -148,24 +157,55 @@ def row_step(
     rows, firsts = runs[bool(enc) and every_row[0]]
     n_rows = firsts.shape[0] - 1
     config = choose(_row_step.ENCODER, architecture(x.device), d_in)
-    width = slice_width(d_in, config.most_columns)
+    width, warps = _encoder_slice(config, enc_state, d_in, architecture(x.device))
     programs = min(n_rows, config.programs)
     pull = empty(programs, d_in)
     launch(
         _row_step.encoder_step_kernel, (programs, -(-d_in // width)),
         W_enc, rows, firsts, split, tokens, d_pre, x, parts, db, pull,
-        enc, _hyper(betas[0], betas[1], eps[0]),
-        n_rows, m, d_in, ENC=enc is not None,
-        BLOCK_J=config.BLOCK_J, BLOCK_D=width, num_warps=max(1, width // config.warp_columns),
+        enc, _hyper(betas[0], betas[1], eps[0]), _int32(seeds[0]), n_rows, m, d_in,
+        ENC=enc is not None, PER_ROW=_per_row(enc_state), BLOCK_J=config.BLOCK_J, BLOCK_D=width, num_warps=warps,
     )  # fmt: skip
     if bias_state:
-        exp_avg, exp_avg_sq, last_step = bias_state
         rows, grad = (None, db) if every_row[1] else (latents, db[latents.clamp(max=m - 1)])
         row_update(
-            b_enc[:, None], exp_avg, exp_avg_sq, last_step, rows, grad[:, None], coasts[1], clocks[1],
-            betas[2], betas[3], eps[1], False,
+            b_enc[:, None], None, bias_state, rows, grad[:, None], coasts[1], clocks[1],
+            betas[2], betas[3], eps[1], False, seeds[1], 0,
         )  # fmt: skip
     return pull.sum(0)
+
+
+def _state(
+    remainder: Tensor | None, state: list[Tensor], before: Tensor | None, coast: Tensor | None, clock: Tensor
+) -> tuple[Tensor | None, ...]:
+    """What adam_rows takes of a weight beside itself, whatever the format of its state."""
+    exp_avg, exp_avg_sq, last_step, *scales = state
+    scale, scale_sq = (*scales, None, None)[:2]
+    return remainder, exp_avg, exp_avg_sq, last_step, scale, scale_sq, before, coast, clock
+
+
+def _per_row(state: list[Tensor]) -> bool:
+    """Whether a row has one second moment (a row of one column may be taken either way)."""
+    return bool(state) and state[1].shape[1] < state[0].shape[1]
+
+
+def _encoder_slice(
+    config: _row_step.EncoderStepConfig, state: list[Tensor], d: int, arch: int
+) -> tuple[int, int]:
+    """Columns that a program of the encoder's kernel owns, and its warps.
+
+    Whole blocks where they share a scale; whole rows where these have one second moment, in as many warps as
+    own them in the decoder's.
+    """
+    if _per_row(state):
+        return triton.next_power_of_2(d), choose(_row_step.DECODER, arch, d).num_warps
+    width = slice_width(d, config.most_columns, BLOCK.value if len(state) > 3 else 1)
+    return width, max(1, width // config.warp_columns)
+
+
+def _int32(n: int) -> int:
+    """``n`` modulo 2^32, as the signed number of those bits."""
+    return (n + 2**31) % 2**32 - 2**31
 
 
 def _hyper(beta1: float, beta2: float, eps: float) -> tuple[float, ...]:

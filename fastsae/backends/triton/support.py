@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastsae.kernels.common import choose
 
-__all__ = ["WITHOUT_GPU", "architecture", "interpreting", "launch", "score", "true_fp32", "tuned"]
+__all__ = ["WITHOUT_GPU", "architecture", "factors", "interpreting", "launch", "score", "true_fp32", "tuned"]
 
 Config = TypeVar("Config")
 Result = TypeVar("Result")
@@ -50,9 +50,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_s
         kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
 
 
+def factors(x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+    """x and W in one dtype: on a GPU W's, so that a GEMM reads W as it stands; on a CPU, of two, fp32."""
+    if x.dtype == W.dtype:
+        return x, W
+    return (x.to(W.dtype), W) if x.device.type == "cuda" else (x.float(), W.float())
+
+
 @torch.no_grad()
 def score(x: Tensor, W: Tensor, out: Tensor) -> None:
-    """out = x W^T in fp32, summed in fp32; neither factor is copied on a GPU."""
+    """out = x W^T in fp32, summed in fp32, of :func:`factors`; neither is copied on a GPU."""
     if x.device.type == "cuda" and x.dtype != torch.float32:
         torch.mm(x, W.T, out_dtype=torch.float32, out=out)
     else:

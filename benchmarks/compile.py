@@ -38,7 +38,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that a block may have, by architecture (CUDA C++ programming guide, table 29)."""
 SPILLS = {
     ("row_update.row_update_kernel", 768): (8, "sm_80, catching up without a gradient: one register of 65"),
-    ("row_update.row_update_kernel", 16384): (160, "32 warps leave a lane 64 registers for 16 elements each"),
+    ("row_update.row_update_kernel", 16384): (240, "32 warps leave a lane 64 registers for 16 elements each"),
     ("row_step.decoder_step_kernel", 16384): (216, "the same, and few models are that wide"),
 }
 """By kernel and width: bytes a thread that may be spilled, and why. The others may not at all."""
@@ -58,11 +58,11 @@ combination, because fp16 kernels are the bf16 ones but for the type's name, and
 architecture."""
 FORMATS = {
     90: [
-        ("split32", "int8", torch.bfloat16, 768),
+        ("split32", "int8", torch.float32, 768),
         ("split32", "int8", torch.bfloat16, 4096),
         ("bfloat16", "int8_row", torch.bfloat16, 768),
         ("bfloat16", "int8_row", torch.float32, 4096),
-        ("bfloat16", "bfloat16", torch.float32, 768),
+        ("bfloat16", "bfloat16", torch.bfloat16, 768),
         ("bfloat16", "bfloat16", torch.bfloat16, 4096),
     ]
 }

@@ -119,8 +119,13 @@ def train(
     backend: Annotated[str, typer.Option(help="auto, reference, torch, triton or cuda.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    weight_format: Annotated[str, typer.Option(help="float32.")] = "float32",
-    state_dtype: Annotated[str, typer.Option(help="float32.")] = "float32",
+    weight_format: Annotated[
+        str, typer.Option(help="float32, split32 (fp32 as bf16 and what it lacks) or bfloat16.")
+    ] = "float32",
+    state_dtype: Annotated[
+        str,
+        typer.Option(help="Adam's moments: float32, bfloat16, int8, int8_row (8, 4, 2, 1 bytes a weight)."),
+    ] = "float32",
     cache_dir: Annotated[str | None, typer.Option(help="Where activations are kept between runs.")] = None,
     tensorboard: Annotated[bool, typer.Option(help="Also log to TensorBoard.")] = False,
     wandb: Annotated[str | None, typer.Option(help="Also log to this Weights & Biases project.")] = None,
@@ -180,20 +185,47 @@ def evaluate(
 def plan(
     d_in: Annotated[int, typer.Option(help="Width of the activations.")],
     latents: Annotated[int, typer.Option(help="Size of the dictionary.")],
+    d_out: Annotated[int | None, typer.Option(help="Width of a transcoder's target; default d_in.")] = None,
     k: Annotated[int, typer.Option(help="Active latents per token.")] = 32,
-    batch: Annotated[int, typer.Option(help="Tokens per step.")] = 4096,
+    batch: Annotated[int, typer.Option(help="Tokens per batch.")] = 4096,
+    accumulate: Annotated[int, typer.Option(help="Batches per step.")] = 1,
+    weight_format: Annotated[str, typer.Option(help="float32, split32 or bfloat16.")] = "float32",
+    state_dtype: Annotated[str, typer.Option(help="float32, bfloat16, int8 or int8_row.")] = "float32",
+    auxk: Annotated[bool, typer.Option(help="With AuxK, as train has it by default.")] = False,
+    mode: Annotated[str, typer.Option(help="RowAdam: dense, lazy or deferred.")] = "deferred",
+    dtype: Annotated[
+        str, typer.Option(help="Of activations, and of float32 weights: float32, bfloat16 or float16.")
+    ] = "float32",
     gpu: Annotated[
-        str | None, typer.Option(help="h200, h100 or a100: does it fit, and the least time per step.")
+        str | None, typer.Option(help="h200, h100, a100 or b200: what fits, and a step's least time.")
     ] = None,
     json_path: Json = None,
 ) -> None:
     """Say what memory and time a training run needs, before anything is allocated.
 
-    Example: fastsae plan --d-in 4096 --latents 1048576 --k 64 --batch 8192 --gpu h200
+    Example: fastsae plan --d-in 4096 --latents 1048576 --k 64 --batch 8192 --gpu h200 --weight-format split32
     """
     from fastsae.training.plan import plan_run
 
-    _show("plan", plan_run(d_in, latents, k, batch, gpu), json_path)
+    found = plan_run(
+        d_in, latents, k, batch, gpu, d_out=d_out, accumulate=accumulate, weight_format=weight_format,
+        state_dtype=state_dtype, auxk=auxk, mode=mode, dtype=dtype,
+    )  # fmt: skip
+    hidden = ("formats", *(name for name in found if name.endswith("_bytes")))
+    _show("plan", {name: value for name, value in found.items() if name not in hidden}, None)
+    if "formats" in found:
+        _show("weight format/state dtype", {name: _line(its) for name, its in found["formats"].items()}, None)
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(json_path, found)
+
+
+def _line(its: dict[str, Any]) -> str:
+    """A format's row in the plan's table."""
+    return (
+        f"{its['bytes_per_weight']:.2f} bytes a weight, at most {its['largest_latents']:,} latents: "
+        f"{'fits' if its['fits'] else 'does not fit'}"
+    )
 
 
 @app.command()

@@ -36,8 +36,9 @@ __all__ = [
     "write_shards",
 ]
 
-BLOCK_BYTES = 8 * 2**20
-"""Bytes of a tensor that are read, converted, checked or written at a time; at least one row."""
+BLOCK_BYTES = 2 * 2**20
+"""Bytes of a tensor that are read, converted, checked or written at a time; at least one row. Making or
+checking a block takes a few times that."""
 MAX_SHARD_BYTES = 5 * 2**30
 """Bytes of tensors in one file, as on the Hugging Face Hub; more where a single row has more."""
 
@@ -149,12 +150,16 @@ def _write_file(path: Path, tensors: Mapping[str, Rows], metadata: Mapping[str, 
         )
         for name, rows in ordered.items():
             for lo, hi in rows.spans():
-                block, shape = rows.read(lo, hi), (hi - lo, *rows.shape[1:]) if rows.shape else ()
-                if (tuple(block.shape), block.dtype) != (shape, rows.dtype):
-                    got = f"{tuple(block.shape)} in {block.dtype}"
-                    reject(f"rows {lo}:{hi} of {name}", got, f"{shape} in {rows.dtype}")
-                file.write(to_bytes(block))
+                file.write(_block(name, rows, lo, hi))  # and let go of it before the next is made
     sync(path)
+
+
+def _block(name: str, rows: Rows, lo: int, hi: int) -> memoryview:
+    block, shape = rows.read(lo, hi), (hi - lo, *rows.shape[1:]) if rows.shape else ()
+    if (tuple(block.shape), block.dtype) != (shape, rows.dtype):
+        got = f"{tuple(block.shape)} in {block.dtype}"
+        reject(f"rows {lo}:{hi} of {name}", got, f"{shape} in {rows.dtype}")
+    return to_bytes(block)
 
 
 def write_shards(folder: Path, stem: str, shards: list[dict[str, Rows]], metadata: Mapping[str, str]) -> None:

@@ -244,7 +244,7 @@ def test_out_is_a_file(fastsae, data):
 
 def test_plan(fastsae, tmp_path):
     arguments = ("plan", "--d-in", 4096, "--latents", 2**20, "--k", 64, "--batch", 8192, "--gpu", "h200")
-    code, _, _ = fastsae(*arguments, "--json", tmp_path / "plan.json")
+    code, _, _ = fastsae(*arguments, "--weight-format", "split32", "--json", tmp_path / "plan.json")
     assert code == 0
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["weights_gib"] == pytest.approx(32, rel=1e-3)

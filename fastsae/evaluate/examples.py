@@ -166,7 +166,7 @@ def _firings(
             x = fetch_rows(activations, part)
             finite = x.isfinite().all(1)
             with torch.no_grad():
-                code = sae.encode_sparse(x[finite].to(sae.W_enc.device, sae.W_enc.dtype))
+                code = sae.encode_sparse(x[finite].to(sae.W_enc.device, sae.dtype))
             entry = torch.arange(len(code.values), device=code.values.device)
             active = (code.values > 0) & (entry < code.offsets[-1])
             places = torch.from_numpy(part)[finite.cpu()][code.rows()[active].cpu()]

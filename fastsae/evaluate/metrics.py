@@ -33,7 +33,7 @@ class Evaluation:
         tokens: T, the tokens measured.
         skipped_tokens: tokens left out because they held NaN or Inf.
         n_latents: size of the dictionary.
-        firing_counts: [n_latents] int64 on the CPU, on how many of the T tokens each latent fired.
+        firing_counts: [n_latents] int32 on the CPU, on how many of the T tokens each latent fired.
     """
 
     fvu: float
@@ -129,7 +129,7 @@ class _Sums:
     def __init__(self, sae: SAE) -> None:
         self.sae, device = sae, sae.W_enc.device
         self.tokens = self.skipped = 0
-        self.counts = torch.zeros(sae.config.n_latents, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(sae.config.n_latents, dtype=torch.int32, device=device)
         self.mean = torch.zeros(sae.W_dec.shape[1], dtype=torch.float64, device=device)
         # error, variance, cosine, relative norm, tokens with x != 0
         self.totals = torch.zeros(5, dtype=torch.float64, device=device)
@@ -139,11 +139,12 @@ class _Sums:
         self.skipped += skipped
         if not (n := len(x)):
             return
-        code = self.sae.encode_sparse(x.to(self.sae.W_enc.dtype))
+        code = self.sae.encode_sparse(x.to(self.sae.dtype))
         x_hat, target = self.sae.decode(code).double(), target.double()
         entry = torch.arange(len(code.values), device=code.values.device)
         active = (code.values > 0) & (entry < code.offsets[-1])
-        self.counts.add_(torch.bincount(code.indices[active], minlength=len(self.counts)))
+        fired = code.indices[active].long()
+        self.counts.index_add_(0, fired, self.counts.new_ones(()).expand(len(fired)))
 
         mean = target.mean(0)
         shift = mean - self.mean

@@ -65,9 +65,9 @@ class RowAdam(torch.optim.Optimizer):
         state_dtype: how the moments of [M, D] parameters are held, see :mod:`fastsae.formats`: "float32",
             "bfloat16", "int8", or "int8_row" (one second moment for a row): 8, 4, 2 or 1 bytes a weight. Those
             of all other parameters stay fp32.
+        backend: which backend updates (see :mod:`fastsae.backends`); of an SAE "auto" takes its own.
         seed: of the stochastic rounding of bf16 weights and narrow moments, which is a function of (seed,
             parameter, step, row, column): a resumed run rounds as an uninterrupted one.
-        backend: which backend updates (see :mod:`fastsae.backends`); of an SAE "auto" takes its own.
 
     bf16 parameters are rounded stochastically; of a split32 :class:`fastsae.SAE` all bits are updated.
 
@@ -86,8 +86,8 @@ class RowAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         mode: str = "deferred",
         state_dtype: str = "float32",
-        seed: int = 0,
         backend: Backend = "auto",
+        seed: int = 0,
     ) -> None:
         resolve(backend)
         self.backend = params.backend if backend == "auto" and isinstance(params, SAE) else backend

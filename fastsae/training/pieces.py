@@ -212,5 +212,3 @@ def largest(t: Tensor) -> Tensor:
 def auxk_term(sae: SAE) -> AuxK | None:
     """AuxK among the losses of ``sae``."""
     return next((term for term in sae.config.losses if isinstance(term, AuxK)), None)
-
-

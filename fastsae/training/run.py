@@ -25,6 +25,7 @@ from fastsae.evaluate import Evaluation, evaluate, top_examples, write_report
 from fastsae.files import write_atomically, write_json
 from fastsae.sae import SAE
 from fastsae.training.logs import read_log
+from fastsae.training.plan import check_fits
 from fastsae.training.trainer import TrainConfig, Trainer, check_vacant
 
 __all__ = ["RunOptions", "evaluate_run", "load_options", "run"]
@@ -59,7 +60,7 @@ class RunOptions:
         held_out: tokens kept from training for the final metrics, at most a tenth of the data.
         context: tokens per window of text.
         mode, state_dtype: of :class:`fastsae.optim.RowAdam`.
-        seed: of initial weights, split and order.
+        seed: of initial weights, split, order and stochastic rounding.
         the rest: see :class:`fastsae.SAE` and :class:`TrainConfig`.
     """
 
@@ -169,8 +170,19 @@ def run(options: RunOptions, *, resume: bool = False) -> dict[str, Any] | None:
     batches = Batches(store, options.batch_size, rows=train_rows, seed=options.seed, n_tokens=options.tokens)
     torch.manual_seed(options.seed)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config = options.sae_config(store.d_in, batches.n_tokens)
+    check_fits(
+        config,
+        options.batch_size,
+        accumulate=options.train_config().accumulate,
+        weight_format=options.weight_format,
+        state_dtype=options.state_dtype,
+        mode=options.mode,
+        dtype=options.dtype,
+        device=device,
+    )
     sae = SAE(
-        options.sae_config(store.d_in, batches.n_tokens),
+        config,
         device=device,
         dtype=_DTYPES[options.dtype],
         weight_format=options.weight_format,
@@ -183,10 +195,8 @@ def run(options: RunOptions, *, resume: bool = False) -> dict[str, Any] | None:
     trainer = Trainer(sae, batches, dataclasses.replace(options.train_config(), dead_after=dead_after))
     trainer.open(resume=resume)
     save_options(options)
-    if options.dtype != "float32":
-        log.warning(
-            "%s weights round to nearest: small updates are lost, float32 trains better", options.dtype
-        )
+    if options.dtype == "float16" and options.weight_format == "float32":
+        log.warning("float16 weights round to nearest: small updates are lost, bfloat16 trains better")
     log.info("training %s on %s tokens of width %d", sae, f"{batches.n_tokens:,}", store.d_in)
     final = trainer.fit()
     if trainer.stopped:

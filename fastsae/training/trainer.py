@@ -48,7 +48,7 @@ class TrainConfig:
         n_steps: optimizer steps in all; None takes ``len(activations) // accumulate``.
         accumulate: batches per optimizer step, see :func:`train_step`. Schedules, logs, checkpoints and skips
         go by steps. Where the activations end within a step, its batches are left out.
-        lr, betas, eps, mode, state_dtype: of :class:`fastsae.optim.RowAdam`.
+        lr, betas, eps, mode, state_dtype, seed: of :class:`fastsae.optim.RowAdam`.
         warmup: share of the run over which the learning rate rises linearly from 0.
         decay: share of the run, at its end, over which it falls linearly to 0.
         sparsity_warmup: share of the run over which sparsity coefficients (DecoderNormL1) rise linearly from
@@ -73,6 +73,7 @@ class TrainConfig:
     eps: float = 1e-8
     mode: str = "deferred"
     state_dtype: str = "float32"
+    seed: int = 0
     warmup: float = 0.05
     decay: float = 0.2
     sparsity_warmup: float = 0.05
@@ -115,7 +116,7 @@ class Trainer:
         self.sae, self.activations, self.config = sae, activations, config
         self.n_steps = _total_steps(activations, config)
         self.opt = RowAdam(
-            sae, config.lr, config.betas, config.eps, config.mode, config.state_dtype, sae.backend
+            sae, config.lr, config.betas, config.eps, config.mode, config.state_dtype, sae.backend, config.seed
         )
         self.step = self.skipped = 0
         self.seconds = 0.0
@@ -253,9 +254,10 @@ class Trainer:
         if self.config.on_nan == "stop":
             if self.config.out:
                 self.save_checkpoint(stopped_at_nan=True)
+            batch = "the batch" if self.config.accumulate == 1 else "a batch"
             raise NotFinite(
-                f"activations: got NaN or Inf in {'the batch' if self.config.accumulate == 1 else 'a batch'} of"
-                f" step {self.step}, expected finite numbers (on_nan = skip leaves such steps out)"
+                f"activations: got NaN or Inf in {batch} of step {self.step}, expected finite numbers"
+                " (on_nan = skip leaves such steps out)"
             )
 
     def _row(self, metrics: dict[str, Tensor], tokens: int, start: float) -> dict[str, Any]:

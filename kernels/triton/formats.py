@@ -15,7 +15,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["BLOCK", "join", "random_bits", "read_moment", "write_moment", "write_weight"]
+__all__ = [
+    "BLOCK",
+    "high_half",
+    "join",
+    "low_half",
+    "more_bits",
+    "random_bits",
+    "read_moment",
+    "write_moment",
+    "write_weight",
+]
 
 BLOCK = tl.constexpr(256)
 """Columns of a row that share a scale."""
@@ -31,19 +41,30 @@ def _mix(h):
 
 
 @triton.jit
-def random_bits(seed, step, numbers, columns, SECOND: tl.constexpr):
-    """16 random bits each, int32 [R, D]: for the weight, exp_avg and (garbage unless SECOND) exp_avg_sq.
+def random_bits(seed, step, numbers, columns):
+    """32 random bits, uint32 [R, D]: the low half is the weight's, the high one exp_avg's.
 
     seed, step: int32. numbers: [R]. columns: [D].
     """
     start = _mix(seed.to(tl.uint32, bitcast=True)) ^ step.to(tl.uint32, bitcast=True)
     key = _mix(_mix(start) ^ numbers.to(tl.uint32))
-    first = _mix(key[:, None] ^ (columns.to(tl.uint32) * 0x9E3779B9)[None, :])
-    second = first
-    if SECOND:
-        second = _mix(first + 0x9E3779B9)
-    low, high = (first & 0xFFFF).to(tl.int32, bitcast=True), (first >> 16).to(tl.int32, bitcast=True)
-    return low, high, (second & 0xFFFF).to(tl.int32, bitcast=True)
+    return _mix(key[:, None] ^ (columns.to(tl.uint32) * 0x9E3779B9)[None, :])
+
+
+@triton.jit
+def more_bits(random):
+    """As many bits made of :func:`random_bits`'s; the low half is exp_avg_sq's."""
+    return _mix(random + 0x9E3779B9)
+
+
+@triton.jit
+def low_half(random):
+    return (random & 0xFFFF).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def high_half(random):
+    return (random >> 16).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -72,19 +93,33 @@ def write_weight(w_ptr, remainder_ptr, places, w, bits, mask):
 
 
 @triton.jit
-def read_moment(ptr, scale_ptr, rows, columns, mask, D, SIGNED: tl.constexpr):
-    """fp32 [R, D] of a moment in any format; 0 beyond ``mask``."""
+def _spread(scale, W: tl.constexpr, B: tl.constexpr):
+    """Each block's scale [R, W / B] at each of its columns, [R, W]."""
+    R: tl.constexpr = scale.shape[0]
+    return tl.reshape(tl.broadcast_to(scale[:, :, None], [R, W // B, B]), [R, W])
+
+
+@triton.jit
+def read_moment(ptr, scale_ptr, rows, start, mask_r, D, W: tl.constexpr, SIGNED: tl.constexpr):
+    """Columns ``start``.. of a moment's rows in any format, fp32 [R, W]; 0 beyond the row."""
+    columns = start + tl.arange(0, W)
+    mask = mask_r[:, None] & (columns < D)[None, :]
     stored = tl.load(ptr + rows[:, None] * D + columns[None, :], mask=mask, other=0)
     if scale_ptr is None:
-        return stored.to(tl.float32)
-    places = rows[:, None] * tl.cdiv(D, BLOCK) + (columns // BLOCK)[None, :]
-    scale = tl.load(scale_ptr + places, mask=mask, other=0).to(tl.int32)
-    code = stored.to(tl.int32)
-    size = (code & 0x7F) if SIGNED else code
-    bits = tl.where(size > 0, (size + 8 * (scale - (TOP_SIGNED if SIGNED else TOP_UNSIGNED))) << 20, 0)
-    if SIGNED:
-        bits |= (code & 0x80) << 24
-    return bits.to(tl.float32, bitcast=True)
+        x = stored.to(tl.float32)
+    else:
+        B: tl.constexpr = BLOCK if W > BLOCK else W
+        block = start // BLOCK + tl.arange(0, W // B)
+        places = rows[:, None] * tl.cdiv(D, BLOCK) + block[None, :]
+        scale = tl.load(scale_ptr + places, mask=mask_r[:, None] & (block * BLOCK < D)[None, :], other=0)
+        shift = 8 * (scale.to(tl.int32) - (TOP_SIGNED if SIGNED else TOP_UNSIGNED))
+        code = stored.to(tl.int32)
+        size = (code & 0x7F) if SIGNED else code
+        bits = tl.where(size > 0, (size + _spread(shift, W, B)) << 20, 0)
+        if SIGNED:
+            bits |= (code & 0x80) << 24
+        x = bits.to(tl.float32, bitcast=True)
+    return x
 
 
 @triton.jit
@@ -102,8 +137,8 @@ def write_moment(ptr, scale_ptr, x, bits, rows, start, mask_r, D, SIGNED: tl.con
         magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         highest = tl.max(tl.reshape(magnitude, [R, W // B, B]), axis=2)  # [R, blocks]
         scale = tl.where(highest > 0, (highest >> 23) + 1, 0)
-        spread = tl.reshape(tl.broadcast_to(scale[:, :, None], [R, W // B, B]), [R, W])
-        code = ((magnitude + (bits << 4)) >> 20) - 8 * (spread - (TOP_SIGNED if SIGNED else TOP_UNSIGNED))
+        shift = 8 * (scale - (TOP_SIGNED if SIGNED else TOP_UNSIGNED))
+        code = ((magnitude + (bits << 4)) >> 20) - _spread(shift, W, B)
         if SIGNED:
             code = tl.maximum(code, 0) | tl.where(x < 0, 0x80, 0)
         else:

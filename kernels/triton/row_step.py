@@ -160,17 +160,19 @@ def decoder_step_kernel(
             slot += 2 - slot % 2
         tl.store(db_ptr + row, db, mask=active)
         if DEC:
+            if w_ptr.dtype.element_ty != tl.float32:
+                # again, from a cache: kept, it would stay in registers in two layouts
+                w = tl.load(w_ptr + row * D + offs_d, mask=mask_d, other=0).to(tl.float32)[None, :]
             acc += w * (l1 * total / tl.maximum(length, 1e-12))
             rows = row + tl.zeros((1,), tl.int64)
-            adam_rows(
-                w, acc, w_ptr, rows, 0, rows == row, D, state, hyper, seed, 0, True, UNIT_NORM, PER_ROW
-            )
+            adam_rows(w, acc, w_ptr, rows, 0, rows == row, D, state, hyper, seed, 0, True, UNIT_NORM, PER_ROW)
 
 
 @triton.jit(do_not_specialize=["seed"])
 def encoder_step_kernel(
     w_ptr, rows_ptr, starts_ptr, split_ptr, tokens_ptr, d_pre_ptr, x_ptr, parts_ptr, db_ptr, pull_ptr, state,
-    hyper, seed, R, M, D, ENC: tl.constexpr, PER_ROW: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    hyper, seed, R, M, D, ENC: tl.constexpr, PER_ROW: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A slice of rows pid, pid + programs, ... of the R that rows_ptr names (below M; None: all); pull[pid].
 

@@ -15,7 +15,16 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from fastsae.kernels.formats import join, random_bits, read_moment, write_moment, write_weight
+from fastsae.kernels.formats import (
+    high_half,
+    join,
+    low_half,
+    more_bits,
+    random_bits,
+    read_moment,
+    write_moment,
+    write_weight,
+)
 
 __all__ = ["CONFIGS", "WIDEST", "RowUpdateConfig", "adam_rows", "row_update_kernel"]
 
@@ -88,11 +97,11 @@ def adam_rows(
     places = rows[:, None] * D + columns[None, :]
     if rest_ptr is not None:
         w = join(w, tl.load(rest_ptr + places, mask=mask, other=0))
-    m = read_moment(m_ptr, m_scale_ptr, rows, columns, mask, D, True)
+    m = read_moment(m_ptr, m_scale_ptr, rows, start, mask_r, D, w.shape[1], True)
     if PER_ROW:
         v = tl.load(v_ptr + rows, mask=mask_r, other=0)[:, None]
     else:
-        v = read_moment(v_ptr, v_scale_ptr, rows, columns, mask, D, False)
+        v = read_moment(v_ptr, v_scale_ptr, rows, start, mask_r, D, w.shape[1], False)
     if coast_ptr is not None:
         last = tl.load((last_ptr if before_ptr is None else before_ptr) + rows, mask=mask_r, other=0)
         until = step - (1 if HAS_GRAD else 0)
@@ -112,19 +121,26 @@ def adam_rows(
     if UNIT_NORM:
         length = tl.maximum(tl.sqrt(tl.sum(w * w, axis=1)), 1e-12)
         w /= length[:, None]
+    tl.debug_barrier()  # all warps have read last_step, and the row, before any of them writes
     random_m: tl.constexpr = m_ptr.dtype.element_ty != tl.float32
     random_v: tl.constexpr = v_ptr.dtype.element_ty != tl.float32
     random_w: tl.constexpr = w_ptr.dtype.element_ty == tl.bfloat16 and rest_ptr is None
-    for_w, for_m, for_v = rows, rows, rows  # unused
+    random, bits = rows, rows  # unused where nothing is rounded at random
     if random_w or random_m or random_v:
-        for_w, for_m, for_v = random_bits(seed, step, rows + first, columns, random_v)
-    tl.debug_barrier()  # all warps have read last_step, and the row, before any of them writes
-    write_moment(m_ptr, m_scale_ptr, m, for_m, rows, start, mask_r, D, True)
+        random = random_bits(seed, step, rows + first, columns)
+    # one after the other, each with its bits, to let go of its registers
+    if random_w:
+        bits = low_half(random)
+    write_weight(w_ptr, rest_ptr, places, w, bits, mask)
+    if random_m:
+        bits = high_half(random)
+    write_moment(m_ptr, m_scale_ptr, m, bits, rows, start, mask_r, D, True)
     if PER_ROW:
         tl.store(v_ptr + rows[:, None], v, mask=mask_r[:, None])
     else:
-        write_moment(v_ptr, v_scale_ptr, v, for_v, rows, start, mask_r, D, False)
-    write_weight(w_ptr, rest_ptr, places, w, for_w, mask)
+        if random_v:
+            bits = low_half(more_bits(random))
+        write_moment(v_ptr, v_scale_ptr, v, bits, rows, start, mask_r, D, False)
     tl.store(last_ptr + rows, tl.zeros_like(rows).to(tl.int32) + step, mask=mask_r)
 
 

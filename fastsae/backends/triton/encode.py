@@ -43,7 +43,8 @@ def encode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fastsae.backends.reference.encode`. Holds ROWS * CHUNK fp32 scores and a few candidates.
 
-    Beside bf16 weights an fp32 x is rounded for a GPU's GEMM, in a copy of it. k <= 1024. The host waits for the device under the rule "threshold" only, to learn how many scores pass.
+    Beside bf16 weights an fp32 x is rounded for a GPU's GEMM, in a copy of it. k <= 1024. The host waits for
+    the device under the rule "threshold" only, to learn how many scores pass.
     """
     if rule == "topk" and subset is None and _fused_is_faster(x, W_enc):
         return encode_topk_fused(x, W_enc, b_enc, k)

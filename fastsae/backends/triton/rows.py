@@ -134,7 +134,7 @@ def row_step(
 
     config = choose(_row_step.DECODER, architecture(x.device), d_out)
     blocks = {
-        "BLOCK_J": max(1, 2 * config.BLOCK_J // error.element_size()),  # as many bytes whatever the dtype
+        "BLOCK_J": _tokens(config, error),
         "BLOCK_D": triton.next_power_of_2(max(d_out, 1)),
         "num_warps": config.num_warps,
     }
@@ -157,14 +157,14 @@ def row_step(
     rows, firsts = runs[bool(enc) and every_row[0]]
     n_rows = firsts.shape[0] - 1
     config = choose(_row_step.ENCODER, architecture(x.device), d_in)
-    width, warps = _encoder_slice(config, enc_state, d_in, architecture(x.device))
+    block_j, width, warps = _encoder_blocks(config, enc_state, x)
     programs = min(n_rows, config.programs)
     pull = empty(programs, d_in)
     launch(
         _row_step.encoder_step_kernel, (programs, -(-d_in // width)),
         W_enc, rows, firsts, split, tokens, d_pre, x, parts, db, pull,
         enc, _hyper(betas[0], betas[1], eps[0]), _int32(seeds[0]), n_rows, m, d_in,
-        ENC=enc is not None, PER_ROW=_per_row(enc_state), BLOCK_J=config.BLOCK_J, BLOCK_D=width, num_warps=warps,
+        ENC=enc is not None, PER_ROW=_per_row(enc_state), BLOCK_J=block_j, BLOCK_D=width, num_warps=warps,
     )  # fmt: skip
     if bias_state:
         rows, grad = (None, db) if every_row[1] else (latents, db[latents.clamp(max=m - 1)])
@@ -189,18 +189,24 @@ def _per_row(state: list[Tensor]) -> bool:
     return bool(state) and state[1].shape[1] < state[0].shape[1]
 
 
-def _encoder_slice(
-    config: _row_step.EncoderStepConfig, state: list[Tensor], d: int, arch: int
-) -> tuple[int, int]:
-    """Columns that a program of the encoder's kernel owns, and its warps.
+def _encoder_blocks(
+    config: _row_step.EncoderStepConfig, state: list[Tensor], x: Tensor
+) -> tuple[int, int, int]:
+    """Tokens at a time, columns that a program of the encoder's kernel owns, and its warps.
 
-    Whole blocks where they share a scale; whole rows where these have one second moment, in as many warps as
-    own them in the decoder's.
+    Whole blocks where they share a scale; whole rows, as the decoder's, where these have one second moment.
     """
+    d = x.shape[1]
     if _per_row(state):
-        return triton.next_power_of_2(d), choose(_row_step.DECODER, arch, d).num_warps
+        whole = choose(_row_step.DECODER, architecture(x.device), d)
+        return _tokens(whole, x), triton.next_power_of_2(d), whole.num_warps
     width = slice_width(d, config.most_columns, BLOCK.value if len(state) > 3 else 1)
-    return width, max(1, width // config.warp_columns)
+    return config.BLOCK_J, width, max(1, width // config.warp_columns)
+
+
+def _tokens(config: _row_step.DecoderStepConfig, like: Tensor) -> int:
+    """Tokens at a time: as many bytes whatever the dtype."""
+    return max(1, 2 * config.BLOCK_J // like.element_size())
 
 
 def _int32(n: int) -> int:

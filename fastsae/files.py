@@ -20,7 +20,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastsae.checks import reject
@@ -38,9 +37,7 @@ from fastsae.shards import (
 
 __all__ = [
     "Dictionary",
-    "check_tensors",
     "open_dictionary",
-    "read_dictionary",
     "write_atomically",
     "write_dictionary",
     "write_json",
@@ -159,26 +156,3 @@ def _check_config(path: Path, data: Any) -> dict[str, Any]:
     if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
         reject(str(path), "a config of another format", f'one with "format": "{_FORMAT}"')
     return data
-
-
-def read_dictionary(folder: Path) -> tuple[SAEConfig, dict[str, Tensor]]:
-    """Read what :func:`write_dictionary` wrote. Raises ValueError at missing, damaged or foreign files."""
-    config, _, tensors = open_dictionary(folder)
-    whole = {name: tensors.rows(name) for name in tensors.pieces}
-    return config, {name: rows.read(0, rows.shape[0] if rows.shape else 1) for name, rows in whole.items()}
-
-
-def check_tensors(
-    path: Path, tensors: dict[str, Tensor], expected: dict[str, tuple[tuple[int, ...], torch.dtype]]
-) -> None:
-    """Raise ValueError unless exactly the expected tensors are there, in shape and dtype, and all finite."""
-    for name in sorted(tensors.keys() | expected.keys()):
-        shape, dtype = expected.get(name, ("no such tensor", None))
-        found = tuple(tensors[name].shape) if name in tensors else "missing"
-        if found != shape:
-            reject(str(path), f"{name} {found}", str(shape))
-        if tensors[name].dtype != dtype:
-            reject(str(path), f"{name} in {tensors[name].dtype}", str(dtype))
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            reject(str(path), f"NaN or Inf in {name}", "finite weights")

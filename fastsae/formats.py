@@ -181,7 +181,10 @@ def write_rows(
     bf16 and codes are rounded by :func:`random_bits`, in which row i goes by the number ``first`` + i.
     """
     (w, m, v), (exp_avg, exp_avg_sq, last_step, *scales) = new, state
-    random = [exp_avg.dtype in (torch.bfloat16, torch.uint8), exp_avg_sq.dtype in (torch.bfloat16, torch.uint8)]
+    random = [
+        exp_avg.dtype in (torch.bfloat16, torch.uint8),
+        exp_avg_sq.dtype in (torch.bfloat16, torch.uint8),
+    ]
     random.append(weight.dtype == torch.bfloat16 and remainder is None)
     for_w = for_m = for_v = None
     if any(random):

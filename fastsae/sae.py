@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,10 @@ from fastsae.backends import Backend, resolve
 from fastsae.checks import BadValue, check_choice, check_type, reject
 from fastsae.code import SparseCode
 from fastsae.config import AuxK, BatchTopK, DecoderNormL1, JumpReLU, SAEConfig
-from fastsae.files import WEIGHTS_FILE, check_tensors, read_dictionary, write_dictionary
+from fastsae.files import open_dictionary, write_dictionary
 from fastsae.formats import WEIGHT_FORMATS, join, split
 from fastsae.ops import upcast
+from fastsae.shards import Rows
 
 __all__ = ["SAE", "TrainingOutput", "load"]
 
@@ -374,6 +376,14 @@ class SAE(nn.Module):
         rows, rest = getattr(self, name).detach()[lo:hi], self._buffers.get(f"{name}_remainder")
         return upcast(rows) if rest is None else join(rows, rest[lo:hi])
 
+    def _stored(self, name: str, lo: int, hi: int) -> Tensor:
+        """Rows lo..hi of a parameter as files hold them: all bits of split32, else what is in memory."""
+        return (
+            self.full_precision(name, lo, hi)
+            if self.weight_format == "split32"
+            else getattr(self, name)[lo:hi]
+        )
+
     def remainder(self, param: Tensor) -> Tensor | None:
         """The buffer of the bits that ``param``, a plane of split32, lacks; None of other parameters."""
         names = [name for name in ("W_enc", "W_dec") if self._parameters[name] is param]
@@ -390,16 +400,22 @@ class SAE(nn.Module):
                 part.copy_(new)
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write config.json and model.safetensors: both whole on disk before either takes its place.
+        """Write the dictionary to a folder, in place of the one that may be there, a block of rows at a time.
+
+        config.json and model.safetensors; above 5 GiB shards and model.safetensors.index.json instead of the
+        latter. Whatever fails or crashes, the old dictionary or the new one is there, whole. split32 is
+        written as the fp32 numbers it stands for.
 
         Rows that a deferred :class:`fastsae.optim.RowAdam` over this module has yet to bring up to date are
         written up to date; the module itself stays as it is.
         """
-        tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
+        tensors = {n: Rows.of(t) for n, t in self.state_dict().items() if not n.endswith("_remainder")}
         optimizer = None if self._optimizer is None else self._optimizer()
-        if optimizer is not None:
-            tensors |= {name: optimizer.flushed(param) for name, param in self.named_parameters()}
-        write_dictionary(Path(directory), self.config, tensors)
+        for name, param in self.named_parameters():
+            whole = torch.float32 if self.remainder(param) is not None else param.dtype
+            read = partial(self._stored, name) if optimizer is None else partial(optimizer.flushed, param)
+            tensors[name] = Rows(tuple(param.shape), whole, read)
+        write_dictionary(Path(directory), self.config, tensors, self.weight_format)
 
     def export_from(self, optimizer: Any) -> None:
         """Let :meth:`save` write weights as ``optimizer.flushed(param)`` gives them (RowAdam calls this)."""
@@ -415,25 +431,39 @@ class SAE(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        weight_format: str | None = None,
     ) -> SAE:
-        """Read what :meth:`save` wrote, on ``device``, in ``dtype`` (the file's where None).
+        """Read what :meth:`save` wrote, on ``device``, in ``dtype`` and ``weight_format`` (the file's where None).
+
+        A block of rows at a time: no memory but the dictionary's own is taken.
 
         Raises:
             ValueError: no such files; a truncated or foreign file; missing, extra, misshapen or mistyped
                 tensors; NaN or Inf.
         """
-        config, tensors = read_dictionary(Path(directory))
-        with torch.device("meta"):
-            sae = cls(config)
-        # buffers have dtypes of their own; the parameters share one
-        shared = tensors["b_dec"].dtype if "b_dec" in tensors else torch.float32
-        shared = shared if shared.is_floating_point else torch.float32
-        dtypes = {name: buffer.dtype for name, buffer in sae.named_buffers()}
-        expected = {name: (tuple(t.shape), dtypes.get(name, shared)) for name, t in sae.state_dict().items()}
-        check_tensors(Path(directory) / WEIGHTS_FILE, tensors, expected)
-        sae.load_state_dict(tensors, assign=True)
-        sae.requires_grad_(True)
-        return sae.to(device=device, dtype=dtype)
+        config, stored, tensors = open_dictionary(Path(directory))
+        # buffers have dtypes of their own; of the parameters only a format can give W_enc and W_dec others
+        shared = tensors.rows("b_dec").dtype if "b_dec" in tensors.pieces else torch.float32
+        shared = shared if stored == "float32" and shared in F.DTYPES else torch.float32
+        held = cls(config, device="meta", dtype=shared, weight_format=stored)
+        state = held.state_dict()
+        matrices = {"W_enc", "W_dec"}
+        expected = {
+            name: (tuple(t.shape), torch.float32 if stored == "split32" and name in matrices else t.dtype)
+            for name, t in state.items()
+            if not name.endswith("_remainder")
+        }
+        tensors.check(expected)
+        wanted = stored if weight_format is None else weight_format
+        sae = cls(config, device="meta", dtype=shared if dtype is None else dtype, weight_format=wanted)
+        sae.to_empty(device="cpu" if device is None else device)
+        for name in tensors.pieces:
+            if name in matrices:
+                for lo, rows in tensors.blocks(name):
+                    sae.put_rows_(name, lo, rows)
+            else:
+                tensors.copy_into(name, getattr(sae, name).detach())
+        return sae
 
     def _options(self) -> dict:
         return {"sparse_grad": self.sparse_grad, "backend": self.backend}
@@ -485,10 +515,14 @@ class SAE(nn.Module):
 
 
 def load(
-    path: str | os.PathLike, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    path: str | os.PathLike,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    weight_format: str | None = None,
 ) -> SAE:
     """Load a dictionary from a folder that :meth:`SAE.save` or a training run wrote."""
-    return SAE.load(path, device=device, dtype=dtype)
+    return SAE.load(path, device=device, dtype=dtype, weight_format=weight_format)
 
 
 def initial_rows(

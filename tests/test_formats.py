@@ -6,7 +6,17 @@ import torch
 
 from fastsae import SAE, SAEConfig, TopK
 from fastsae.formats import (
-    BLOCK, STATE_DTYPES, WEIGHT_FORMATS, join, new_state, pack, random_bits, read_rows, split, unpack, write_rows,
+    BLOCK,
+    STATE_DTYPES,
+    WEIGHT_FORMATS,
+    join,
+    new_state,
+    pack,
+    random_bits,
+    read_rows,
+    split,
+    unpack,
+    write_rows,
 )  # fmt: skip
 from fastsae.optim import RowAdam
 from fastsae.testing import assert_same
@@ -56,7 +66,11 @@ def test_random_bits_are_even_and_unrelated():
     """Means, variances and correlations of 2^18 numbers, each within five standard errors."""
     n, rows, width = 2**18, torch.arange(512), 512
     first = torch.stack([t.flatten() for t in random_bits(0, 1, rows, width)])
-    others = [random_bits(1, 1, rows, width)[0], random_bits(0, 2, rows, width)[0], random_bits(0, 1, rows + 512, width)[0]]
+    others = [
+        random_bits(1, 1, rows, width)[0],
+        random_bits(0, 2, rows, width)[0],
+        random_bits(0, 1, rows + 512, width)[0],
+    ]
     grid = first[0].view(512, 512)
     moved = [grid.roll(1, 0).flatten(), grid.roll(1, 1).flatten()]
     u = torch.stack([*first, *(t.flatten() for t in others), *moved]).double() / 2**16 - 0.5
@@ -115,7 +129,11 @@ def test_codes_at_the_ends_of_their_range():
     zero = torch.zeros(2, 4)
     assert not unpack(*pack(zero, bits.expand(2, 4), signed=True), signed=True).any()
     largest = torch.full((1, 4), torch.finfo(torch.float32).max)
-    assert unpack(*pack(largest, torch.zeros(1, 4, dtype=torch.int32), signed=True), signed=True).isfinite().all()
+    assert (
+        unpack(*pack(largest, torch.zeros(1, 4, dtype=torch.int32), signed=True), signed=True)
+        .isfinite()
+        .all()
+    )
 
 
 @pytest.mark.parametrize("kind", STATE_DTYPES)
@@ -131,14 +149,18 @@ def test_bytes_of_a_state(kind):
 @pytest.mark.parametrize("weights", ["float32", "split32", "bfloat16"])
 def test_rows_are_written_where_they_were_read(weights, kind):
     w, m, v = numbers(9, 300), numbers(9, 300, seed=1), numbers(9, 300, seed=2).square()
-    plane, rest = split(w) if weights == "split32" else (w.bfloat16() if weights == "bfloat16" else w.clone(), None)
+    plane, rest = (
+        split(w) if weights == "split32" else (w.bfloat16() if weights == "bfloat16" else w.clone(), None)
+    )
     state, rows = new_state(plane, kind), torch.tensor([1, 4, 8])
     others = torch.tensor([0, 2, 3, 5, 6, 7])
     second = v.mean(1, keepdim=True) if kind == "int8_row" else v
     before = plane.clone()
     write_rows(plane, rest, state, rows, (w[rows], m[rows], second[rows]), 5, 0)
     got = read_rows(plane, rest, state, rows)
-    for actual, expected, step in zip(got, (w[rows], m[rows], second[rows]), (2**-7, 1 / 8, 1 / 8), strict=True):
+    for actual, expected, step in zip(
+        got, (w[rows], m[rows], second[rows]), (2**-7, 1 / 8, 1 / 8), strict=True
+    ):
         assert ((actual - expected).abs() <= step * expected.abs() + expected.abs().max() * 2**-13).all()
     if weights != "bfloat16":
         assert_same(got[0], w[rows])
@@ -152,14 +174,18 @@ def test_rows_are_written_where_they_were_read(weights, kind):
 
 def update(weight, remainder, state, grad, step, backend, rows=None, unit_norm=False, coast=None, first=0):
     correction = (1 - 0.999**step) ** 0.5
-    clock = torch.tensor([step, 1e-2 * correction / (1 - 0.9**step), 1e-8 * correction, 1], dtype=torch.float64)
+    clock = torch.tensor(
+        [step, 1e-2 * correction / (1 - 0.9**step), 1e-8 * correction, 1], dtype=torch.float64
+    )
     torch.ops.fastsae.row_update(
         weight, remainder, state, rows, grad, coast, clock, 0.9, 0.999, 1e-8, unit_norm, 3, first, backend
     )
 
 
 def held(w, weights, kind):
-    plane, rest = split(w) if weights == "split32" else (w.bfloat16() if weights == "bfloat16" else w.clone(), None)
+    plane, rest = (
+        split(w) if weights == "split32" else (w.bfloat16() if weights == "bfloat16" else w.clone(), None)
+    )
     return plane, rest, new_state(plane, kind)
 
 
@@ -214,7 +240,9 @@ def test_backends_round_alike(weights, kind):
     for backend in ("reference", "torch"):
         plane, rest, state = held(numbers(50, 300, 0.3), weights, kind)
         for step in range(1, 6):
-            update(plane, rest, state, numbers(50, 300, 1.0, step), step, backend, coast=torch.ones(9).double())
+            update(
+                plane, rest, state, numbers(50, 300, 1.0, step), step, backend, coast=torch.ones(9).double()
+            )
         results.append([t for t in (plane, rest, *state) if t is not None])
     for name, (mine, its) in enumerate(zip(*results, strict=True)):
         if mine.dtype in (torch.bfloat16, torch.uint8):

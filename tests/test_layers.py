@@ -19,6 +19,7 @@ LAYERS = (
     "files",
     "code",
     "ops",
+    "formats",
     "backends",
     "autograd",
     "functional",

@@ -53,7 +53,14 @@ def test_every_backend_offers_the_operators_and_nothing_else():
 CHANGED = {
     "row_update": ["weight", "remainder", "state"],
     "row_step": [
-        "W_enc", "b_enc", "W_dec", "enc_remainder", "dec_remainder", "enc_state", "bias_state", "dec_state",
+        "W_enc",
+        "b_enc",
+        "W_dec",
+        "enc_remainder",
+        "dec_remainder",
+        "enc_state",
+        "bias_state",
+        "dec_state",
     ],
 }
 

@@ -158,9 +158,7 @@ def test_against_autograd(any_backend):
     grads = torch.autograd.grad(loss, leaves)
     actual = case.run(any_backend)
     for i, (name, grad) in enumerate(zip(NAMES, grads, strict=True)):
-        torch.testing.assert_close(
-            actual[f"exp_avg of {name}"].view_as(grad), (1 - BETAS[2 * i]) * grad
-        )
+        torch.testing.assert_close(actual[f"exp_avg of {name}"].view_as(grad), (1 - BETAS[2 * i]) * grad)
     torch.testing.assert_close(actual["pull"], grads[1] @ case.weights[0])
 
 

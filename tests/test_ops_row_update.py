@@ -15,7 +15,19 @@ BETA1, BETA2, EPS, LR = 0.9, 0.999, 1e-8, 3e-3
 def row_update(state, rows, grad, coast, step, backend, unit_norm=False, betas=(BETA1, BETA2), eps=EPS):
     weight, *its = state
     torch.ops.fastsae.row_update(
-        weight, None, its, rows, grad, coast, clock_at(step, betas, eps), *betas, eps, unit_norm, 0, 0, backend
+        weight,
+        None,
+        its,
+        rows,
+        grad,
+        coast,
+        clock_at(step, betas, eps),
+        *betas,
+        eps,
+        unit_norm,
+        0,
+        0,
+        backend,
     )
 
 

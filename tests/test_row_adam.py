@@ -537,7 +537,9 @@ def test_a_state_of_another_size_is_refused(other):
         optimizer.step()
         states.append(optimizer.state_dict())
     before = optimizer.row_steps(param).clone()
-    with pytest.raises(ValueError, match=r"state_dict: got exp_avg of parameter 0: \(3, 2\) in .*, expected \("):
+    with pytest.raises(
+        ValueError, match=r"state_dict: got exp_avg of parameter 0: \(3, 2\) in .*, expected \("
+    ):
         optimizer.load_state_dict(states[0])
     with pytest.raises(ValueError, match="state_dict: got exp_avg of parameter 0: nothing"):
         optimizer.load_state_dict({**states[1], "state": {0: {"step": torch.ones(())}}})

@@ -8,12 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 
 import fastsae
-from fastsae import SAE, AuxK, BatchTopK, DecoderNormL1, JumpReLU, ReLU, SAEConfig, SparseCode, TopK
+from fastsae import SAE, AuxK, BatchTopK, DecoderNormL1, JumpReLU, ReLU, SAEConfig, SparseCode, TopK, shards
 from fastsae.testing import assert_same, pre_acts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -668,7 +667,7 @@ def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch, failing):
         raise OSError("no space left on device")
 
     home, name = {
-        "the weights": (safetensors.torch, "save_file"),
+        "the weights": (shards, "to_bytes"),
         "the config": (Path, "write_text"),
         "flushing": (os, "fsync"),
     }[failing]
@@ -762,7 +761,10 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
         ),
         (rewrite(lambda t: t.update(W_enc=t["W_enc"].int())), "got W_enc in torch.int32, expected"),
         (rewrite(lambda t: t.update(W_enc=t["W_enc"].half())), "got W_enc in torch.float16, expected"),
-        (rewrite(lambda t: t.update(silent_tokens=torch.ones(20))), "got silent_tokens in torch.float32, expected"),
+        (
+            rewrite(lambda t: t.update(silent_tokens=torch.ones(20))),
+            "got silent_tokens in torch.float32, expected",
+        ),
     ],
 )
 def test_damaged_files_are_refused(tmp_path, damage, message):

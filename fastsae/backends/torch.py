@@ -477,7 +477,15 @@ def row_step(
         (W_dec, dec_remainder, dec_state, dec_grad),
     )):  # fmt: skip
         if state:
-            adam = coasts[i], clocks[i], betas[2 * i], betas[2 * i + 1], eps[i], unit_norm and i == 2, seeds[i]
+            adam = (
+                coasts[i],
+                clocks[i],
+                betas[2 * i],
+                betas[2 * i + 1],
+                eps[i],
+                unit_norm and i == 2,
+                seeds[i],
+            )
             _update_blocks(weight, remainder, state, latents, grad, every_row[i], adam)
     return pull
 

@@ -145,10 +145,11 @@ class RowAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def flushed(self, param: Tensor, lo: int = 0, hi: int | None = None) -> Tensor:
         """A copy of rows lo..hi of ``param`` as :meth:`flush_` would leave them; of split32 all their bits."""
-        weight, remainder, state = self._tensors(param, lo, hi)
+        weight, remainder = self._weights(param, lo, hi)
         weight, remainder = weight.clone(), None if remainder is None else remainder.clone()
-        if self._owes(self._group(param), param):
-            self._catch_up(param, lo, weight, remainder, [t.clone() for t in state])
+        if self._group(param)["mode"] == "deferred" and param in self.state:
+            state = [t.clone() for t in self._tensors(param, lo, hi)[2]]
+            self._catch_up(param, lo, weight, remainder, state)
         rows = weight if remainder is None else join(weight, remainder)
         return rows.view(-1, *param.shape[1:]) if param.ndim else rows.view(param.shape)
 
@@ -301,11 +302,14 @@ class RowAdam(torch.optim.Optimizer):
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Rows lo..hi of weight, remainder and state, as row_update takes them."""
         state = self._state(param)
-        weight = _as_rows(param)
-        remainder = None if self._sae is None else self._sae.remainder(param)
+        n_rows = param.shape[0] if param.ndim else 1
         tensors = [state[name] for name in _STATE if name in state]
-        tensors = [t if i == 2 else t.view(len(weight), -1) for i, t in enumerate(tensors)]
-        return weight[lo:hi], None if remainder is None else remainder[lo:hi], [t[lo:hi] for t in tensors]
+        tensors = [t if i == 2 else t.view(n_rows, -1) for i, t in enumerate(tensors)]
+        return *self._weights(param, lo, hi), [t[lo:hi] for t in tensors]
+
+    def _weights(self, param: Tensor, lo: int, hi: int | None) -> tuple[Tensor, Tensor | None]:
+        remainder = None if self._sae is None else self._sae.remainder(param)
+        return _as_rows(param)[lo:hi], None if remainder is None else remainder[lo:hi]
 
     def _catch_up(
         self, param: Tensor, first: int, weight: Tensor, remainder: Tensor | None, state: list[Tensor]

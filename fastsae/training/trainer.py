@@ -116,7 +116,14 @@ class Trainer:
         self.sae, self.activations, self.config = sae, activations, config
         self.n_steps = _total_steps(activations, config)
         self.opt = RowAdam(
-            sae, config.lr, config.betas, config.eps, config.mode, config.state_dtype, sae.backend, config.seed
+            sae,
+            config.lr,
+            config.betas,
+            config.eps,
+            config.mode,
+            config.state_dtype,
+            sae.backend,
+            config.seed,
         )
         self.step = self.skipped = 0
         self.seconds = 0.0

@@ -186,7 +186,7 @@ def write_rows(
         exp_avg_sq.dtype in (torch.bfloat16, torch.uint8),
     ]
     random.append(weight.dtype == torch.bfloat16 and remainder is None)
-    for_w = for_m = for_v = None
+    for_w = for_m = for_v = w  # unused, unless
     if any(random):
         numbers = first + (torch.arange(len(w), device=w.device) if rows is None else rows)
         for_w, for_m, for_v = random_bits(seed, step, numbers, w.shape[1])
@@ -213,7 +213,5 @@ def write_rows(
         last_step[rows] = step
 
 
-def _narrow(x: Tensor, dtype: torch.dtype, bits: Tensor | None) -> Tensor:
-    if dtype == torch.bfloat16 and bits is not None:
-        return _to_bfloat16(x.float(), bits)
-    return x.to(dtype)
+def _narrow(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    return _to_bfloat16(x.float(), bits) if dtype == torch.bfloat16 else x.to(dtype)

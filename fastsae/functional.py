@@ -41,8 +41,8 @@ def encode(
 
     Args:
         x: [..., d_in]. Differentiable.
-        W_enc: [M, d_in], contiguous, in x's dtype (or in bf16: what is fp32 is then read as it is on a CPU, and
-            rounded for a GPU's GEMM) and on its device. Differentiable.
+        W_enc: [M, d_in], contiguous, in x's dtype (or in bf16: fp32 tokens are then read as they are on a
+            CPU, and rounded for a GPU's GEMM) and on its device. Differentiable.
         b_enc: [M] or None, in either dtype. Differentiable.
         activation: TopK, BatchTopK, JumpReLU or ReLU.
         threshold: [M] for JumpReLU (its ``threshold`` where None); a scalar for BatchTopK; else None. No
@@ -200,7 +200,7 @@ def _check_weights(name: str, W: Tensor, bias_name: str, b: Tensor | None, bias_
 
 
 def _fits(dtype: torch.dtype, W: Tensor) -> bool:
-    """Whether ``dtype`` may stand beside the weight: its own, or over bf16 weights what activations are in."""
+    """Whether ``dtype`` may stand beside the weight: its own, or over a bf16 weight also fp32 and fp16."""
     return dtype == W.dtype or (W.dtype == torch.bfloat16 and dtype in (torch.float32, torch.float16))
 
 

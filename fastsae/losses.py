@@ -28,17 +28,17 @@ __all__ = [
 class Spread(NamedTuple):
     """How far the rows of a batch lie from their mean.
 
-    count: of rows.  mean: [D] fp64, or None where it wasn't asked for.  squares: sum ||target - mean||^2.
+    n: rows.  mean: [D] fp64, or None where it wasn't asked for.  squares: sum ||target - mean||^2.
     """
 
-    count: int
+    n: int
     mean: Tensor | None
     squares: Tensor
 
     def scale(self, kind: str) -> Tensor:
         """See :func:`error_scale`."""
         if kind == "squared_error":
-            return self.squares.new_full((), 1 / max(self.count, 1))
+            return self.squares.new_full((), 1 / max(self.n, 1))
         return torch.where(self.squares > 0, 1 / self.squares, 0)
 
 
@@ -57,19 +57,19 @@ def spread(target: Tensor, *, with_mean: bool = False) -> Spread:
 def joined_spread(parts: Sequence[Spread]) -> Spread:
     """The :class:`Spread` of all rows of ``parts``, by Chan's rule:
 
-        squares = sum_p squares_p + sum_p count_p ||mean_p - mean||^2
+        squares = sum_p squares_p + sum_p n_p ||mean_p - mean||^2
 
     Summed in fp64 and rounded once; of a single part itself.
     """
     if len(parts) == 1:
         return parts[0]
-    count = sum(part.count for part in parts)
+    total = sum(part.n for part in parts)
     means = [part.mean for part in parts if part.mean is not None]
-    weights = [part.count / max(count, 1) for part in parts]
+    weights = [part.n / max(total, 1) for part in parts]
     mean = torch.stack([m * w for m, w in zip(means, weights, strict=True)]).sum(0)
-    between = [part.count * (m - mean).square().sum() for m, part in zip(means, parts, strict=True)]
+    between = [part.n * (m - mean).square().sum() for m, part in zip(means, parts, strict=True)]
     within = [part.squares.double() for part in parts]
-    return Spread(count, mean, torch.stack([*within, *between]).sum().to(parts[0].squares.dtype))
+    return Spread(total, mean, torch.stack([*within, *between]).sum().to(parts[0].squares.dtype))
 
 
 def error_scale(target: Tensor, kind: str) -> Tensor:

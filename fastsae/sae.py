@@ -118,7 +118,7 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int | None = None) -> None:
-        """Draw new initial weights from ``seed`` (None: from torch's global generator), and forget all counts.
+        """Draw new initial weights from ``seed`` (None: of torch's global generator); forget all counts.
 
         A block of rows at a time, each from a generator of its own, without a second copy of any matrix. Of a
         dictionary built on "meta" and moved by ``to_empty`` this makes a new one.
@@ -433,7 +433,7 @@ class SAE(nn.Module):
         dtype: torch.dtype | None = None,
         weight_format: str | None = None,
     ) -> SAE:
-        """Read what :meth:`save` wrote, on ``device``, in ``dtype`` and ``weight_format`` (the file's where None).
+        """Read what :meth:`save` wrote, in ``dtype`` and ``weight_format`` (the file's where None).
 
         A block of rows at a time: no memory but the dictionary's own is taken.
 

@@ -1,5 +1,5 @@
-"""How weights and states are held: bits that are exact, rounding that is right on average, and updates in each
-format against fp32's."""
+"""How weights and states are held: exact bits, rounding that is right on average, updates in each format
+against fp32's."""
 
 import pytest
 import torch
@@ -222,9 +222,9 @@ def test_an_update_is_fp32s_rounded_once(backend, weights, kind, unit_norm, ever
             update(*exact, grad[mine].double(), step, "reference", unit_norm=unit_norm)
         update(plane, rest, state, grad[mine], step, backend, rows, unit_norm)
         got = read_rows(plane, rest, state, rows)
-        steps = 2**-7 if weights == "bfloat16" else 2**-21, *{
-            "float32": (2**-21, 2**-21), "bfloat16": (2**-7, 2**-7), "int8": (1 / 8, 1 / 8), "int8_row": (1 / 8, 2**-21)
-        }[kind]  # fmt: skip
+        step_of = {"float32": 2**-21, "split32": 2**-21, "bfloat16": 2**-7, "int8": 1 / 8, "int8_row": 1 / 8}
+        second = 2**-21 if kind == "int8_row" else step_of[kind]
+        steps = step_of[weights], step_of[kind], second
         for name, actual, expected, relative in zip(
             ("weight", "exp_avg", "exp_avg_sq"), got, (exact[0], *exact[2][:2]), steps, strict=True
         ):
@@ -235,7 +235,7 @@ def test_an_update_is_fp32s_rounded_once(backend, weights, kind, unit_norm, ever
 
 @pytest.mark.parametrize(("weights", "kind"), PAIRS)
 def test_backends_round_alike(weights, kind):
-    """The portable backend's bytes are the oracle's, but for the last bit of fp32 sums that decides a rounding."""
+    """The portable backend's bytes are the oracle's, unless the last bit of an fp32 sum decides a rounding."""
     results = []
     for backend in ("reference", "torch"):
         plane, rest, state = held(numbers(50, 300, 0.3), weights, kind)

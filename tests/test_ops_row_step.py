@@ -70,8 +70,8 @@ class Case:
         weights = [t.clone() for t in self.weights]
         states = [[t.clone() for t in state] for state in self.states]
         arguments = (
-            *weights, None, None, *states, self.coasts, self.clocks, list(BETAS), list(EPS), [0] * 3, self.every,
-            self.unit_norm, *self.code, self.x, self.error, self.scale, self.l1,
+            *weights, None, None, *states, self.coasts, self.clocks, list(BETAS), list(EPS), [0] * 3,
+            self.every, self.unit_norm, *self.code, self.x, self.error, self.scale, self.l1,
         )  # fmt: skip
         pull = op(*arguments) if op else torch.ops.fastsae.row_step(*arguments, backend)
         named = dict(zip(NAMES, weights, strict=True))

@@ -471,8 +471,11 @@ def row_step(
             grad += l1 * total * nnf.normalize(upcast(W_dec[latents[lo:hi]]), dim=1)
         return grad
 
+    def enc_grad(lo: int, hi: int) -> Tensor:
+        return row_grads(d_pre, wide_x, starts[lo : hi + 1], inputs)
+
     for i, (weight, remainder, state, grad) in enumerate((
-        (W_enc, enc_remainder, enc_state, lambda lo, hi: row_grads(d_pre, wide_x, starts[lo : hi + 1], inputs)),
+        (W_enc, enc_remainder, enc_state, enc_grad),
         (b_enc[:, None], None, bias_state, lambda lo, hi: d_bias[lo:hi]),
         (W_dec, dec_remainder, dec_state, dec_grad),
     )):  # fmt: skip
@@ -504,7 +507,7 @@ def _update_blocks(
     if not every_row:
         for lo in range(0, len(latents), size):
             rows = latents[lo : lo + size]
-            row_update(weight, remainder, state, rows, grad(lo, lo + len(rows)), *adam, 0)
+            row_update(weight, remainder, state, rows, grad(lo, lo + len(rows)), *adam, first=0)
         return
     for lo in range(0, len(weight), size):
         hi = min(lo + size, len(weight))
@@ -513,7 +516,7 @@ def _update_blocks(
         if last > first:
             block[latents[first:last] - lo] = grad(first, last).to(block.dtype)
         some = None if remainder is None else remainder[lo:hi]
-        row_update(weight[lo:hi], some, [t[lo:hi] for t in state], None, block, *adam, lo)
+        row_update(weight[lo:hi], some, [t[lo:hi] for t in state], None, block, *adam, first=lo)
 
 
 def _coast_(w, m, v, missed, last, coast, beta1, beta2, eps) -> None:

@@ -63,8 +63,8 @@ class RowAdam(torch.optim.Optimizer):
         lr, betas, eps: as in torch.optim.Adam. ``lr`` may be changed by torch's schedulers.
         mode: "dense", "lazy" or "deferred".
         state_dtype: how the moments of [M, D] parameters are held, see :mod:`fastsae.formats`: "float32",
-            "bfloat16", "int8", or "int8_row" (one second moment for a row): 8, 4, 2 or 1 bytes a weight. Those
-            of all other parameters stay fp32.
+            "bfloat16", "int8", or "int8_row" (one second moment for a row): 8, 4, 2 or 1 bytes a weight.
+            Those of all other parameters stay fp32.
         backend: which backend updates (see :mod:`fastsae.backends`); of an SAE "auto" takes its own.
         seed: of the stochastic rounding of bf16 weights and narrow moments, which is a function of (seed,
             parameter, step, row, column): a resumed run rounds as an uninterrupted one.
@@ -144,7 +144,7 @@ class RowAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def flushed(self, param: Tensor, lo: int = 0, hi: int | None = None) -> Tensor:
-        """A copy of rows lo..hi of ``param`` as :meth:`flush_` would leave them; of split32 all their bits."""
+        """A copy of rows lo..hi of ``param`` as :meth:`flush_` would leave them, of split32 with all bits."""
         weight, remainder = self._weights(param, lo, hi)
         weight, remainder = weight.clone(), None if remainder is None else remainder.clone()
         if self._group(param)["mode"] == "deferred" and param in self.state:
@@ -381,12 +381,12 @@ def _coast_of(group: dict) -> Tensor | None:
 
 
 def _as_rows(param: Tensor) -> Tensor:
-    """``param`` as [rows, width]: a scalar or what isn't updated by rows is still cut along its first axis."""
+    """``param`` as [rows, width], cut along its first axis; a scalar as one row."""
     return param.detach().view(param.shape[0] if param.ndim else 1, -1)
 
 
 def _new_state(param: Tensor, kind: str) -> dict[str, Tensor]:
-    """Moments of 0 by name: as torch has them, in the shape of ``param`` where there is one for each weight."""
+    """Moments of 0 by name: in the shape of ``param``, as torch has them, where each weight has its own."""
     made = new_state(_as_rows(param), kind)
     by_weight = [t.ndim == 2 and t.numel() == param.numel() for t in made]
     return {n: t.view(param.shape) if b else t for n, t, b in zip(_STATE, made, by_weight, strict=False)}

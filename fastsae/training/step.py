@@ -156,9 +156,9 @@ def _take(step: _Step, opt: RowAdam) -> dict[str, Tensor]:
     opt.begin_step_(proceed)
     weights = (sae.W_enc, sae.b_enc, sae.W_dec)
     pull = _ops.row_step(
-        *weights, *map(sae.remainder, weights[::2]), *opt.row_arguments(weights), sae.config.unit_norm_decoder, forward.values, forward.indices,
-        forward.offsets, forward.x, forward.error, forward.scale, forward.l1,
-        resolve(sae.backend, sae.W_enc),
+        *weights, *map(sae.remainder, weights[::2]), *opt.row_arguments(weights),
+        sae.config.unit_norm_decoder, forward.values, forward.indices, forward.offsets, forward.x,
+        forward.error, forward.scale, forward.l1, resolve(sae.backend, sae.W_enc),
     )  # fmt: skip
     if sae.b_dec.requires_grad:
         main = slice(forward.code.n_tokens)

@@ -37,7 +37,6 @@ __all__ = ["SHARED_LIMIT", "broken_limits", "compile_all", "record"]
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that a block may have, by architecture (CUDA C++ programming guide, table 29)."""
 SPILLS = {
-    ("row_update.row_update_kernel", 768): (8, "sm_80, catching up without a gradient: one register of 65"),
     ("row_update.row_update_kernel", 16384): (240, "32 warps leave a lane 64 registers for 16 elements each"),
     ("row_step.decoder_step_kernel", 16384): (216, "the same, and few models are that wide"),
 }

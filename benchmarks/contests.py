@@ -22,14 +22,28 @@ from fastsae.backends.triton.encode_fused import encode_topk_fused
 from fastsae.benchmarks.checks import check_code, check_operator, check_step
 from fastsae.benchmarks.launches import FUSED_WIDTH
 from fastsae.benchmarks.measure import Shape
+from fastsae.formats import new_state
 from fastsae.ops import implementation
 from fastsae.optim import RowAdam
 from fastsae.training import train_step
 
 chunked = import_module("fastsae.backends.triton.encode")  # the package's `encode` is the function
 
-__all__ = ["Entry", "backward", "ceilings", "chunks", "decode", "encode", "parts", "step"]
+__all__ = [
+    "Entry",
+    "backward",
+    "ceilings",
+    "chunks",
+    "decode",
+    "encode",
+    "narrow_backward",
+    "narrow_step",
+    "parts",
+    "step",
+]
 
+NARROW = (("split32", "int8"), ("bfloat16", "int8"))
+"""Formats of weights and states that are measured beside the case's dtype and fp32."""
 BATCHES = 3
 """Batches that the calls of an entry take turns on."""
 
@@ -39,7 +53,8 @@ class Entry:
     """One contestant: what to call, and the arithmetic and the bytes that it can't do without.
 
     ``check`` takes what a call returned and raises AssertionError where that is wrong. ``needs``: bytes of
-    device memory beyond the operands, where that is much. ``dtype`` overrides the case's.
+    device memory beyond the operands, where that is much. ``dtype`` overrides the case's. ``format``: of
+    weights and states, where they aren't the case's dtype and fp32.
     """
 
     op: str
@@ -51,6 +66,7 @@ class Entry:
     needs: float = 0
     note: str = ""
     dtype: torch.dtype | None = None
+    format: str = ""
 
 
 def ceilings(s: Shape, dtype: torch.dtype, device: str) -> Iterator[Entry]:
@@ -151,8 +167,7 @@ def parts(s: Shape, dtype: torch.dtype, device: str) -> Iterator[Entry]:
     latents, starts, tokens, order = implementation("transpose", "torch")(*code, s.M)
     rows = latents[latents < s.M]
     coefs, grad = code[0].float()[order], torch.randn(len(rows), s.D, device=device)
-    moments = torch.zeros(s.M, s.D, device=device), torch.zeros(s.M, s.D, device=device)
-    update = W, *moments, torch.zeros(s.M, dtype=torch.int32, device=device), rows, grad, *_adam(device)
+    update = W, None, new_state(W, "float32"), rows, grad, *_adam(device), 0.9, 0.999, 1e-8, True, 0, 0
     p, size = s.N * s.k, W.element_size()
     for backend in ("triton", "torch"):
         run = partial(implementation("transpose", backend), *code, s.M)
@@ -164,40 +179,56 @@ def parts(s: Shape, dtype: torch.dtype, device: str) -> Iterator[Entry]:
         moved = p * s.D * size + 4 * len(rows) * s.D
         yield Entry("row_grads", backend, call, 2 * p * s.D, moved, checked("row_grads", backend))
     for backend in ("triton", "torch"):
-        run = partial(implementation("row_update", backend), *update, 0.9, 0.999, 1e-8, True)
+        run = partial(implementation("row_update", backend), *update)
         moved = len(rows) * s.D * (2 * size + 16 + 4)
         yield Entry("row_update", backend, run, bytes=moved, check=checked("row_update", backend))
 
 
 def backward(s: Shape, dtype: torch.dtype, device: str) -> Iterator[Entry]:
     """Backward and optimizer of both matrices: row_step; dense GEMMs and dense Adam."""
-    W_enc, W_dec, b = (
-        *(_weights(s, dtype, device) for _ in range(2)),
-        torch.zeros(s.M, device=device).to(dtype),
-    )
-    code, batches, (coast, clock) = _code(s, dtype, device), _batches(s, dtype, device), _adam(device)
-    state = lambda *shape: [  # noqa: E731
-        *(torch.zeros(shape, device=device) for _ in range(2)),
-        torch.zeros(s.M, dtype=torch.int32, device=device),
-    ]
+    weights = _weights(s, dtype, device), _weights(s, dtype, device)
+    code, batches, size = _code(s, dtype, device), _batches(s, dtype, device), dtype.itemsize
+    ours = list(_row_steps(s, weights, code, batches, ("float32", "float32"), ("triton", "torch")))
+    yield from ours
+    dense = _Later(lambda: _dense_backward(*weights, code, batches, s))
+    needs = 6 * s.M * s.D * size + 2 * s.N * s.M * size
+    note = "GEMMs and torch.optim.Adam(fused=True)"
+    yield Entry("row_step", "dense", dense, ours[0].flops, ours[0].bytes, needs=needs, note=note)
+
+
+def narrow_backward(s: Shape, dtype: torch.dtype, device: str) -> Iterator[Entry]:
+    """row_step in formats of fewer bytes than fp32, on tokens of ``dtype``."""
+    code, batches = _code(s, dtype, device), _batches(s, dtype, device)
+    for formats in NARROW:
+        planes = _weights(s, torch.bfloat16, device), _weights(s, torch.bfloat16, device)
+        yield from _row_steps(s, planes, code, batches, formats, ("triton",))
+
+
+def _row_steps(
+    s: Shape, weights: tuple[Tensor, Tensor], code: tuple[Tensor, Tensor, Tensor], batches: list[Tensor],
+    formats: tuple[str, str], backends: tuple[str, ...],
+) -> Iterator[Entry]:  # fmt: skip
+    """An entry for each backend. Bytes: tokens, and what is held of each active row, there and back."""
+    x, device, narrow = batches[0], str(batches[0].device), formats[0] != "float32"
+    rest = [torch.zeros_like(W, dtype=torch.int16) if formats[0] == "split32" else None for W in weights]
+    states = [new_state(W, formats[1]) for W in weights]
+    b = torch.zeros(s.M, dtype=torch.float32 if narrow else x.dtype, device=device)
+    coast, clock = _adam(device)
     arguments = (
-        W_enc, b, W_dec, state(s.M, s.D), state(s.M), state(s.M, s.D), [coast] * 3, [clock] * 3,
-        [0.9, 0.999] * 3, [1e-8] * 3, [False] * 3, True, *code,
+        weights[0], b, weights[1], *rest, states[0], new_state(b[:, None], "float32"), states[1],
+        [coast] * 3, [clock] * 3, [0.9, 0.999] * 3, [1e-8] * 3, [0] * 3, [False] * 3, True, *code,
     )  # fmt: skip
-    scale, size = torch.full((s.N,), 1e-3, device=device), W_enc.element_size()
-    active = len(code[1].unique())
-    moved = 2 * s.N * s.k * s.D * size + 2 * active * s.D * (2 * size + 16)
-    work = {"flops": 6 * s.N * s.k * s.D, "bytes": moved}
-    for backend in ("triton", "torch"):
+    held = sum(t.nbytes for t in (*weights, *rest, *states[0], *states[1]) if t is not None)
+    active, scale = len(code[1].unique()), torch.full((s.N,), 1e-3, device=device)
+    moved = 2 * s.N * s.k * s.D * x.element_size() + 2 * active * held / s.M
+    for backend in backends:
         run = implementation("row_step", backend)
         call = Turns(batches, lambda x, run=run: run(*arguments, x, x, scale, 0.0))
         yield Entry(
-            "row_step", backend, call, **work, check=check_operator(s, dtype, device, "row_step", backend)
-        )
-    dense = _Later(lambda: _dense_backward(W_enc, W_dec, code, batches, s))
-    needs = 6 * s.M * s.D * size + 2 * s.N * s.M * size
-    note = "GEMMs and torch.optim.Adam(fused=True)"
-    yield Entry("row_step", "dense", dense, **work, needs=needs, note=note)
+            "row_step", backend, call, 6 * s.N * s.k * s.D, moved,
+            check_operator(s, x.dtype, device, "row_step", backend, *formats),
+            format="/".join(formats) if narrow else "",
+        )  # fmt: skip
 
 
 def _dense_backward(W_enc: Tensor, W_dec: Tensor, code, batches: list[Tensor], s: Shape) -> Callable[[], Any]:
@@ -219,18 +250,34 @@ def _dense_backward(W_enc: Tensor, W_dec: Tensor, code, batches: list[Tensor], s
 def step(s: Shape, dtype: torch.dtype, device: str) -> Iterator[Entry]:
     """The whole training step; the dense one is autograd over [N, M] with torch.topk and a dense Adam."""
     sae = SAE(SAEConfig(s.D, s.M, TopK(s.k)), device=device, dtype=dtype)
-    optimizer, batches = RowAdam(sae, lr=1e-6), _batches(s, dtype, device)
-    size = sae.W_enc.element_size()
-    for backend in ("triton", "torch"):
+    batches, size = _batches(s, dtype, device), sae.W_enc.element_size()
+    yield from _steps(s, sae, batches, ("float32", "float32"), ("triton", "torch"))
+    needs = 6 * s.M * s.D * size + 4 * s.N * s.M * size
+    yield Entry("step", "dense", _Later(lambda: _dense_step(sae, batches)), 2 * s.N * s.M * s.D, needs=needs)
+
+
+def narrow_step(s: Shape, dtype: torch.dtype, device: str) -> Iterator[Entry]:
+    """The whole training step in formats of fewer bytes than fp32, on tokens of ``dtype``."""
+    batches = _batches(s, dtype, device)
+    for formats in NARROW:
+        config = SAEConfig(s.D, s.M, TopK(s.k))
+        sae = SAE(config, device=device, dtype=dtype, weight_format=formats[0])
+        yield from _steps(s, sae, batches, formats, ("triton",))
+
+
+def _steps(
+    s: Shape, sae: SAE, batches: list[Tensor], formats: tuple[str, str], backends: tuple[str, ...]
+) -> Iterator[Entry]:
+    optimizer = RowAdam(sae, lr=1e-6, state_dtype=formats[1])
+    for backend in backends:
 
         def run(x: Tensor, backend: str = backend) -> Any:
             sae.backend = optimizer.backend = backend
             return train_step(sae, optimizer, x)
 
-        check = check_step(s, dtype, device, backend)
-        yield Entry("step", backend, Turns(batches, run), 2 * s.N * s.M * s.D, check=check)
-    needs = 6 * s.M * s.D * size + 4 * s.N * s.M * size
-    yield Entry("step", "dense", _Later(lambda: _dense_step(sae, batches)), 2 * s.N * s.M * s.D, needs=needs)
+        check = check_step(s, sae.dtype, str(batches[0].device), backend, *formats)
+        name = "" if formats[0] == "float32" else "/".join(formats)
+        yield Entry("step", backend, Turns(batches, run), 2 * s.N * s.M * s.D, check=check, format=name)
 
 
 def _dense_step(sae: SAE, batches: list[Tensor]) -> Callable[[], Any]:

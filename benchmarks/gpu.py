@@ -37,12 +37,14 @@ Case = tuple[Callable[[Shape, torch.dtype, str], Iterator[contests.Entry]], Shap
 
 PLAN: list[Case] = [
     (contests.ceilings, BIG, BF16),
-    *((case, BIG, BF16) for case in (contests.encode, contests.step, contests.backward, contests.decode)),
+    *((case, BIG, BF16) for case in (contests.encode, contests.step, contests.backward)),
+    *((case, BIG, BF16) for case in (contests.narrow_step, contests.narrow_backward, contests.decode)),
     *((contests.encode, shape, BF16) for shape in (NARROW, HUGE)),
     *((contests.step, shape, BF16) for shape in (HUGE, NARROW)),
+    (contests.narrow_step, HUGE, BF16),
     (contests.chunks, BIG, BF16),
     (contests.parts, BIG, BF16),
-    *((case, BIG, FP32) for case in (contests.encode, contests.step)),
+    *((case, BIG, FP32) for case in (contests.encode, contests.step, contests.backward)),
     *((case, HUGE, BF16) for case in (contests.backward, contests.decode)),
     *((case, NARROW, BF16) for case in (contests.backward, contests.decode, contests.chunks)),
     *((case, SMALL, BF16) for case in (contests.encode, contests.step, contests.backward, contests.decode)),
@@ -189,7 +191,7 @@ def _row(entry: contests.Entry, shape: Shape, dtype: torch.dtype) -> dict[str, A
     states = name if entry.backend == "dense" else "float32"
     return (
         {"op": entry.op, "backend": entry.backend, **shape._asdict()}
-        | {"dtype": name, "format": f"{name}/{states}" if stateful else name}
+        | {"dtype": name, "format": entry.format or (f"{name}/{states}" if stateful else name)}
         | dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "peak_mib", "tflops", "tb_s", "ratio_to_gemm"))
         | {"note": entry.note, "failed": False}
     )

@@ -122,17 +122,17 @@ def arguments(dtype, d=D, d_out=200, m=500, n=600):
     yield "code_grad", (error, p.W_dec, indices, offsets)
     yield "transpose", (values, indices, offsets, m)
     yield "row_grads", (values.nan_to_num()[order], error, starts, tokens)
-    yield "row_update", (p.W_enc, *wide, latents, torch.rand(len(latents), d), coast, *adam, True)
-    bias = [torch.rand(m), torch.rand(m) + 0.1, wide[2].clone()]
+    yield "row_update", (p.W_enc, None, wide, latents, torch.rand(len(latents), d), coast, *adam, True, 0, 0)
+    bias = [torch.rand(m, 1), torch.rand(m, 1) + 0.1, wide[2].clone()]
     dec = [torch.rand(m, d_out) * 0.1, torch.rand(m, d_out) + 0.1, wide[2].clone()]
-    shared = [coast, None, coast], [clock] * 3, [0.9, 0.999] * 3, [1e-2] * 3, [False, True, False]
+    shared = [coast, None, coast], [clock] * 3, [0.9, 0.999] * 3, [1e-2] * 3, [0] * 3, [False, True, False]
     second = SparseCode(values, indices, offsets, m)
     both = torch.cat([second.offsets, second.offsets[-1:].expand(n)])
     rows = torch.cat([error, torch.zeros_like(error)]), torch.rand(2 * n)
     for unit_norm, l1 in ((True, 0.0), (False, 0.01)):
         yield "row_step", (
-            p.W_enc, p.b_enc, p.W_dec, [t.clone() for t in wide], bias, dec, *shared, unit_norm, values,
-            indices, both, p.x, *rows, l1,
+            p.W_enc, p.b_enc, p.W_dec, None, None, [t.clone() for t in wide], bias, dec, *shared, unit_norm,
+            values, indices, both, p.x, *rows, l1,
         )  # fmt: skip
 
 

@@ -206,17 +206,23 @@ def test_scale_multiplies_loss_terms(scale):
 
 @pytest.mark.parametrize("activation", [TopK(3), ReLU()], ids=str)
 def test_deferred_is_close_to_dense(activation):
-    """What idle rows still owe is read stale; nothing more is lost than that, far less than lazy loses."""
-    weights = {}
-    for mode in ("dense", "lazy", "deferred"):
-        sae = make(activation)
-        optimizer = RowAdam(sae, 1e-3, mode=mode)
-        for step in range(60):
-            train_step(sae, optimizer, batch(step, n=4))
-        optimizer.flush_()
-        weights[mode] = sae.W_dec.detach()
-    error = {mode: (w - weights["dense"]).norm().item() for mode, w in weights.items()}
-    assert error["deferred"] < 0.1 * error["lazy"]
+    """What idle rows still owe is read stale; nothing more is lost than that, far less than lazy loses.
+
+    In one run a token's choice may flip, after which it goes its own way: six are added up (0.16 and 0.05 of
+    lazy's distance, TopK and ReLU).
+    """
+    error = dict.fromkeys(("dense", "lazy", "deferred"), 0.0)
+    for run in range(6):
+        weights = {}
+        for mode in error:
+            sae = make(activation)
+            optimizer = RowAdam(sae, 1e-3, mode=mode)
+            for step in range(60):
+                train_step(sae, optimizer, batch(100 * run + step, n=4))
+            optimizer.flush_()
+            weights[mode] = sae.W_dec.detach()
+            error[mode] += (weights[mode] - weights["dense"]).norm().item()
+    assert error["deferred"] < 0.25 * error["lazy"]
 
 
 def test_deferred_differs_from_dense_by_the_square_of_the_learning_rate():
@@ -512,7 +518,8 @@ def test_half_precision_weights_learn(activation, dtype):
     x = batch(0, n=64).to(dtype)
     expected = copy.deepcopy(sae)(x, return_loss=True).loss
     metrics = [train_step(sae, optimizer, x) for _ in range(40)]
-    torch.testing.assert_close(metrics[0]["loss"], expected.detach(), rtol=1e-5, atol=0)
+    # the module rounds x_hat before it compares it
+    torch.testing.assert_close(metrics[0]["loss"], expected.detach(), rtol=torch.finfo(dtype).eps, atol=0)
     assert metrics[-1]["reconstruction"] < 0.7 * metrics[0]["reconstruction"]
     assert {p.dtype for p in sae.parameters()} == {dtype}
     assert {t.dtype for t in optimizer.state[sae.W_enc].values()} == {torch.float32, torch.int32}
@@ -610,7 +617,7 @@ def learn(activation, tied=True, steps=2000, lr=3e-3):
         return x * 4.42  # E||x||^2 = 64
 
     assert sample(10_000).square().sum(1).mean().item() == pytest.approx(64, rel=0.05)
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # not the seed of the truth, or the start could be the very solution
     sae = SAE(SAEConfig(64, 128, activation))
     if not tied:
         with torch.no_grad():
@@ -628,24 +635,26 @@ def learn(activation, tied=True, steps=2000, lr=3e-3):
     return best.mean().item(), best.gt(0.9).float().mean().item(), error.item()
 
 
+# Least MMCS, least share of features found, most FVU: between what a tied start reaches (TopK .964-.971,
+# .84-.88, .174-.189; BatchTopK .925-.936, .64-.71, .137-.155 over three seeds) and an untied one.
 GATES = [
-    (TopK(3), 0.155),
-    pytest.param(BatchTopK(3), 0.055, marks=pytest.mark.slow),
+    (TopK(3), (0.94, 0.75, 0.22)),
+    pytest.param(BatchTopK(3), (0.91, 0.55, 0.2), marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("activation", "most"), GATES, ids=["TopK", "BatchTopK"])
-def test_the_true_features_are_found(activation, most):
+@pytest.mark.parametrize(("activation", "gate"), GATES, ids=["TopK", "BatchTopK"])
+def test_the_true_features_are_found(activation, gate):
     cosine, share, error = learn(activation)
-    assert cosine >= 0.99
-    assert share >= 0.97
-    assert error <= most
+    assert cosine >= gate[0]
+    assert share >= gate[1]
+    assert error <= gate[2]
 
 
-@pytest.mark.parametrize(("activation", "most"), GATES, ids=["TopK", "BatchTopK"])
-def test_from_an_untied_start_they_are_not(activation, most):
+@pytest.mark.parametrize(("activation", "gate"), GATES, ids=["TopK", "BatchTopK"])
+def test_from_an_untied_start_they_are_not(activation, gate):
     """The control: what the gate above must be able to tell."""
     cosine, share, error = learn(activation, tied=False)
-    assert cosine < 0.95
-    assert share < 0.9
-    assert error > most
+    assert cosine < gate[0]
+    assert share < gate[1]
+    assert error > gate[2]

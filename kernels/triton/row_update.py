@@ -49,7 +49,7 @@ CONFIGS = {
     (80, 16384): RowUpdateConfig(elements=16384, num_warps=32),
 }
 """By (lowest arch, largest width). Not measured yet: 16 elements a lane (2026-11). No spills up to
-8192 columns; above, a lane has 64 registers and spills 90 to 180 bytes."""
+8192 columns; above, a lane has 64 registers and spills 120 to 240 bytes."""
 
 
 @triton.jit
@@ -80,11 +80,10 @@ def adam_rows(
 ):  # fmt: skip
     """Update columns ``start``.. of the rows [R] int64 of w_ptr where ``mask_r`` [R].
 
-    w, g: [R, W] fp32, as loaded from w_ptr and the gradient; 0 beyond the row, of which there are then no
-    columns outside: W may be less than D only where neither UNIT_NORM nor PER_ROW needs sums over the row.
-    state: of split32 the remainder, exp_avg, exp_avg_sq ([M, 1] with PER_ROW), last_step, of codes their
-    scales, a copy of last_step to read where several programs share a row, coast (all but these three moments
-    may be None), clock.
+    w, g: [R, W] fp32, as loaded from w_ptr (of split32 the plane) and the gradient; 0 beyond the row. W covers
+    the row where UNIT_NORM or PER_ROW needs sums over it.
+    state: remainder*, exp_avg, exp_avg_sq ([M, 1] with PER_ROW), last_step, the scales of both*, a copy of
+    last_step to read where several programs share a row*, coast*, clock; None may stand for those with a star.
     hyper: beta1, 1 - beta1, log2 beta1, beta2, 1 - beta2, log2 beta2, eps.
     seed, first: int32, of the random numbers, in which row i goes by first + i.
     """

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Hashable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -17,14 +18,17 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 Key = TypeVar("Key", bound=Hashable)
+Result = TypeVar("Result")
 
 __all__ = [
     "Shape",
+    "alone",
     "describe_machine",
     "device_peak_mib",
     "interleaved",
     "peak_mib",
     "quantiles",
+    "resident_peak_mib",
     "stopwatch",
 ]
 
@@ -105,8 +109,14 @@ def peak_mib(prepare: Callable[[], Callable[[], Any]], repeats: int = 3) -> floa
     states) isn't counted; what it freed is given back to the system first, so that the calls' own workspace
     is.
     """
-    receive, send = multiprocessing.get_context("spawn").Pipe(duplex=False)
-    child = multiprocessing.get_context("spawn").Process(target=_peak, args=(prepare, repeats, send))
+    return alone(partial(_peak, prepare, repeats))
+
+
+def alone(work: Callable[[], Result]) -> Result:
+    """What ``work()`` returns, in a fresh process of its own."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_send, args=(work, send))
     child.start()
     send.close()
     try:
@@ -120,7 +130,16 @@ def peak_mib(prepare: Callable[[], Callable[[], Any]], repeats: int = 3) -> floa
         child.join()
 
 
-def _peak(prepare, repeats, send) -> None:
+def _send(work, send) -> None:
+    send.send(work())
+
+
+def resident_peak_mib() -> float:
+    """MiB that this process has ever had in memory at a time, imports included."""
+    return _status("VmHWM") / 1024
+
+
+def _peak(prepare: Callable[[], Callable[[], Any]], repeats: int) -> float:
     call = prepare()
     call()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -128,7 +147,7 @@ def _peak(prepare, repeats, send) -> None:
     before = _status("VmRSS")
     for _ in range(repeats):
         call()
-    send.send((_status("VmHWM") - before) / 1024)
+    return (_status("VmHWM") - before) / 1024
 
 
 def _status(field: str) -> int:

@@ -72,7 +72,7 @@ _NO_GPU = """GPUs: not yet measured on a GPU. `make bench-gpu` measures one in u
 
 def _cpu(path: Path) -> str:
     result = json.loads(path.read_text())
-    machine, rows = result["machine"], result["rows"]
+    machine, rows = result["machine"], [row for row in result["rows"] if "held_mib" not in row]
     sizes = rows[0]
     head = (
         f"Measured on {machine['threads']} threads of an {machine['cpu']}, fp32, N = {sizes['N']} tokens, "
@@ -81,7 +81,27 @@ def _cpu(path: Path) -> str:
     columns = {f"M = {m:,}": [row for row in rows if row["M"] == m] for m in _distinct(rows, "M")}
     lines = {label: [_ms(_find(of, *key)) for of in columns.values()] for key, label in CPU_ROWS.items()}
     lines[MEMORY] = [_mib(_find(of, "step", "torch")) for of in columns.values()]
-    return f"{head}\n\n{_table(list(columns), lines)}"
+    return f"{head}\n\n{_table(list(columns), lines)}{_wide(result['rows'])}"
+
+
+def _wide(rows: list[dict[str, Any]]) -> str:
+    """A table of memory by format."""
+    rows = [row for row in rows if "held_mib" in row]
+    if not rows:
+        return ""
+    s = rows[0]
+    head = (
+        f"M = {s['M']:,} latents, D = {s['D']}, N = {s['N']}, k = {s['k']}, by how weights and states are held "
+        "(the first five steps\nof a process, its whole peak with Python and torch in it):"
+    )
+    table = [
+        "| weights/states | held | peak of the process | `fastsae plan` said | step |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        sizes = " | ".join(f"{row[name]:,.0f} MiB" for name in ("held_mib", "peak_mib", "planned_mib"))
+        table.append(f"| {row['format']} | {sizes} | {_ms(row)} |")
+    return "\n".join(["", head, "", *table, ""])
 
 
 def _gpu(path: Path) -> str:

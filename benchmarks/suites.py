@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,14 +11,23 @@ import torch
 
 from fastsae import SAE, SAEConfig, TopK
 from fastsae.backends import torch as portable
-from fastsae.benchmarks.measure import interleaved, peak_mib, quantiles
+from fastsae.benchmarks.measure import alone, interleaved, peak_mib, quantiles, resident_peak_mib
 from fastsae.optim import RowAdam
 from fastsae.training import train_step
+from fastsae.training.plan import plan_run
 
 __all__ = ["SUITES", "run_suite"]
 
 CPU_SHAPES = [{"N": 1024, "D": 384, "M": 16_384, "k": 32}, {"N": 1024, "D": 384, "M": 65_536, "k": 32}]
 SUITES = {"quick": (CPU_SHAPES, 9)}
+WIDE = {"N": 512, "D": 64, "M": 2**20, "k": 32}
+"""A million latents: memory by format."""
+FORMATS = [
+    ("float32", "float32"), ("float32", "int8"), ("split32", "float32"), ("split32", "bfloat16"),
+    ("split32", "int8"), ("bfloat16", "bfloat16"), ("bfloat16", "int8"), ("bfloat16", "int8_row"),
+]  # fmt: skip
+"""Of weights and optimizer states."""
+WIDE_STEPS = 5
 
 
 def run_suite(name: str, say: Callable[[dict], None]) -> list[dict[str, Any]]:
@@ -28,7 +38,50 @@ def run_suite(name: str, say: Callable[[dict], None]) -> list[dict[str, Any]]:
         for row in _rows(shape, repeats):
             rows.append(row)
             say(row)
+    for formats in FORMATS:
+        rows.append(_wide_row(*formats))
+        say(rows[-1])
     return rows
+
+
+def _wide_row(weight_format: str, state_dtype: str) -> dict[str, Any]:
+    """Time and peak memory of the first steps at WIDE, imports included, beside what the plan says.
+
+    Raises AssertionError where the loss doesn't fall.
+    """
+    result = alone(partial(_wide_steps, weight_format, state_dtype))
+    if not result["losses"][-1] < result["losses"][0]:
+        raise AssertionError(f"losses {result['losses']} of {weight_format}/{state_dtype}: no figures")
+    planned = plan_run(
+        WIDE["D"], WIDE["M"], WIDE["k"], WIDE["N"], weight_format=weight_format, state_dtype=state_dtype
+    )
+    least = min(result["ms"])
+    return (
+        {"op": "step", "backend": "torch", **WIDE, "dtype": "float32"}
+        | {"format": f"{weight_format}/{state_dtype}"}
+        | quantiles(sorted(result["ms"]))
+        | {"peak_mib": result["peak_mib"], "held_mib": result["held_mib"]}
+        | {"planned_mib": planned["total_bytes"] / 2**20}
+        | {"tflops": 2 * WIDE["N"] * WIDE["M"] * WIDE["D"] / least / 1e9, "tb_s": None, "ratio_to_gemm": None}
+        | {"note": f"the first {WIDE_STEPS} steps of a process; its whole peak"}
+    )
+
+
+def _wide_steps(weight_format: str, state_dtype: str) -> dict[str, Any]:
+    torch.manual_seed(0)
+    sae = SAE(SAEConfig(WIDE["D"], WIDE["M"], TopK(WIDE["k"])), weight_format=weight_format)
+    opt = RowAdam(sae, lr=1e-3, state_dtype=state_dtype)
+    mixing = torch.randn(16, WIDE["D"])
+    ms, losses = [], []
+    for _ in range(WIDE_STEPS):
+        x = torch.randn(WIDE["N"], 16) @ mixing
+        start = time.perf_counter()
+        losses.append(train_step(sae, opt, x)["loss"].item())
+        ms.append(1e3 * (time.perf_counter() - start))
+    peak = resident_peak_mib()
+    held = [*sae.state_dict().values(), *(t for state in opt.state.values() for t in state.values())]
+    held_mib = sum(t.numel() * t.element_size() for t in held) / 2**20
+    return {"ms": ms, "losses": losses, "peak_mib": peak, "held_mib": held_mib}
 
 
 @torch.no_grad()

@@ -197,7 +197,7 @@ def plan(
         str, typer.Option(help="Of activations, and of float32 weights: float32, bfloat16 or float16.")
     ] = "float32",
     gpu: Annotated[
-        str | None, typer.Option(help="h200, h100, a100 or b200: what fits, and a step's least time.")
+        str | None, typer.Option(help="h200, h100 or a100: what fits, and a step's least time.")
     ] = None,
     json_path: Json = None,
 ) -> None:

@@ -127,18 +127,21 @@ def _spread(scale: Tensor, width: int) -> Tensor:
     return scale.repeat_interleave(BLOCK, dim=1, output_size=scale.shape[1] * BLOCK)[:, :width]
 
 
-def new_state(weight: Tensor, kind: str) -> list[Tensor]:
+def new_state(weight: Tensor, kind: str, on_host: bool = False) -> list[Tensor]:
     """What Adam keeps of ``weight`` [M, D], all 0, in one of STATE_DTYPES, in the order operators take it:
 
     exp_avg, exp_avg_sq ([M, 1] for int8_row), last_step [M] int32; and of codes the scales, of exp_avg first.
-    Its memory is taken now, not page by page: what fits a run's first step fits its last.
+    Its memory is taken now, not page by page: what fits a run's first step fits its last. ``on_host``: all but
+    last_step in pinned host memory, which a GPU's kernels read and write where it is.
     """
     (m, d), eight = weight.shape, kind.startswith("int8")
     wide = torch.float64 if weight.dtype == torch.float64 and kind == "float32" else torch.float32
     dtype = torch.uint8 if eight else torch.bfloat16 if kind == "bfloat16" else wide
 
     def zeros(width: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(m, width, dtype=dtype, device=weight.device).zero_()
+        pinned = on_host and weight.is_cuda
+        device = "cpu" if on_host else weight.device
+        return torch.empty(m, width, dtype=dtype, device=device, pin_memory=pinned).zero_()
 
     per_row = kind == "int8_row"
     second = zeros(1, torch.float32) if per_row else zeros(d, dtype)
@@ -156,7 +159,8 @@ def read_rows(
     """
 
     def take(t: Tensor) -> Tensor:
-        return t if rows is None else t.index_select(0, rows)
+        picked = t if rows is None else t.index_select(0, rows.to(t.device))
+        return picked.to(weight.device)
 
     exp_avg, exp_avg_sq, _, *scales = state
     w = upcast(take(weight)) if remainder is None else join(take(weight), take(remainder))
@@ -204,7 +208,7 @@ def write_rows(
         pairs.append((exp_avg_sq, _narrow(v, exp_avg_sq.dtype, for_v)))
     for tensor, its in pairs:
         if rows is not None:
-            tensor.index_copy_(0, rows, its)
+            tensor.index_copy_(0, rows.to(tensor.device), its.to(tensor.device))
         elif its.data_ptr() != tensor.data_ptr():
             tensor.copy_(its)
     if rows is None:

@@ -4,6 +4,7 @@ against fp32's."""
 import pytest
 import torch
 
+import fastsae
 from fastsae import SAE, SAEConfig, TopK
 from fastsae.formats import (
     BLOCK,
@@ -19,6 +20,7 @@ from fastsae.formats import (
     write_rows,
 )  # fmt: skip
 from fastsae.optim import RowAdam
+from fastsae.sae import initial_rows
 from fastsae.testing import assert_same
 from fastsae.training import train_step
 
@@ -355,3 +357,109 @@ def test_the_seed_decides_the_rounding_and_nothing_else_does(weights, kind):
 
     assert_same(run(0), run(0))
     assert torch.equal(run(0), run(1)) == (weights != "bfloat16" and kind == "float32")
+
+
+@pytest.mark.parametrize("kind", STATE_DTYPES)
+def test_states_on_the_host_give_the_same_run(kind):
+    """On a CPU they are where the weights are; what a GPU adds is in tests/test_gpu.py."""
+    results = []
+    for host_states in (False, True):
+        sae = dictionary("split32")
+        optimizer = RowAdam(sae, lr=1e-2, state_dtype=kind, host_states=host_states)
+        for i in range(5):
+            torch.manual_seed(i)
+            train_step(sae, optimizer, torch.randn(32, 24))
+        results.append(sae.full_precision("W_dec"))
+    assert_same(*results)
+    with pytest.raises(ValueError, match="host_states: got True, expected False in mode 'dense'"):
+        RowAdam(dictionary(), mode="dense", host_states=True)
+
+
+@pytest.mark.parametrize("mode", ["dense", "deferred"])
+@pytest.mark.parametrize(("weights", "kind"), PAIRS)
+def test_resume_is_exact_to_the_bit(weights, kind, mode):
+    """A copy of module and optimizer through their state dicts goes on as the original does."""
+
+    def steps(sae, optimizer, which):
+        for i in which:
+            torch.manual_seed(i)
+            train_step(sae, optimizer, torch.randn(8, 24))
+
+    sae = dictionary(weights)
+    optimizer = RowAdam(sae, lr=1e-2, mode=mode, state_dtype=kind, seed=4)
+    steps(sae, optimizer, range(6))
+    again = dictionary(weights)
+    resumed = RowAdam(again, lr=1e-3, mode=mode, state_dtype=kind)
+    steps(again, resumed, range(40, 42))  # its own states are overwritten
+    storage = resumed.state[again.W_enc]["exp_avg"].data_ptr()
+    again.load_state_dict(sae.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.state[again.W_enc]["exp_avg"].data_ptr() == storage
+    for pair in ((sae, optimizer), (again, resumed)):
+        steps(*pair, range(6, 12))
+        pair[1].flush_()
+    for name, t in sae.state_dict().items():
+        assert_same(again.state_dict()[name], t, name)
+    for name in ("W_enc", "b_enc", "W_dec"):
+        ours, its = optimizer.state[getattr(sae, name)], resumed.state[getattr(again, name)]
+        assert ours.keys() == its.keys()
+        for part, t in ours.items():
+            assert_same(its[part], t, part)
+
+
+@pytest.mark.parametrize("weights", WEIGHT_FORMATS)
+def test_a_dictionary_keeps_its_format_in_files_and_casts(weights, tmp_path):
+    sae = dictionary(weights)
+    optimizer = RowAdam(sae, lr=1e-2)
+    for i in range(3):
+        train_step(sae, optimizer, torch.randn(32, 24, generator=torch.Generator().manual_seed(i)))
+    sae.save(tmp_path)
+    optimizer.flush_()
+    again = fastsae.load(tmp_path)
+    assert again.weight_format == weights
+    for name, t in sae.state_dict().items():
+        assert_same(again.state_dict()[name], t, name)
+    other = fastsae.load(tmp_path, weight_format="split32")
+    assert_same(other.full_precision("W_dec"), sae.full_precision("W_dec"))
+    if weights == "float32":
+        return
+    cast = again.to(torch.bfloat16)
+    assert cast.dtype == torch.bfloat16
+    assert (cast.W_enc.dtype, cast.b_enc.dtype) == (torch.bfloat16, torch.float32)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.randn(2, 3, 24).to(dtype)
+        assert cast(x).dtype == cast.encode(x).dtype == dtype
+
+
+@pytest.mark.parametrize("config", [{}, {"d_out": 5, "unit_norm_decoder": True}], ids=str)
+def test_initial_weights_are_the_same_however_they_are_sharded(config):
+    whole = initial_rows(SAEConfig(8, 3000, TopK(2), **config), 0, 3000, seed=7)
+    for lo, hi in ((0, 1), (1000, 1030), (1024, 2048), (2999, 3000), (5, 2500)):
+        part = initial_rows(SAEConfig(8, 3000, TopK(2), **config), lo, hi, seed=7)
+        for some, all_ in zip(part, whole, strict=True):
+            assert_same(some, all_[lo:hi])
+    sae = SAE(SAEConfig(8, 3000, TopK(2), **config), device="meta", weight_format="split32")
+    sae.to_empty(device="cpu").reset_parameters(seed=7)
+    assert_same(sae.full_precision("W_enc"), whole[0])
+    assert_same(sae.full_precision("W_dec"), whole[1])
+    assert not sae.silent_tokens.any()
+    assert len(whole[0].unique(dim=0)) == 3000
+
+
+def test_the_ordinary_loop_trains_every_format():
+    for weights in WEIGHT_FORMATS:
+        sae = dictionary(weights)
+        optimizer = RowAdam(sae, lr=1e-2)
+        x = torch.randn(64, 24, generator=torch.Generator().manual_seed(1))
+        losses = []
+        for _ in range(30):
+            out = sae(x, return_loss=True)
+            out.loss.backward()
+            sae.constrain_gradients_()
+            optimizer.step()
+            optimizer.zero_grad()
+            sae.constrain_weights_()
+            losses.append(out.loss.item())
+        assert losses[-1] < 0.8 * losses[0]
+        lengths = sae.full_precision("W_dec").norm(dim=1)
+        assert (lengths - 1).abs().max() < (1e-2 if weights == "bfloat16" else 1e-5)

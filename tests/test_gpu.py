@@ -10,6 +10,7 @@ import torch
 
 from fastsae import SAE, AuxK, BatchTopK, JumpReLU, ReLU, SAEConfig, SparseCode, TopK, ops
 from fastsae import functional as F
+from fastsae.formats import new_state, split, write_rows
 from fastsae.optim import RowAdam
 from fastsae.testing import (
     ADVERSARIAL,
@@ -175,6 +176,63 @@ def test_two_runs_of_an_operator_agree_to_the_bit(dtype, widths):
             assert_repeatable(lambda op=op, args=args: run(op, "triton", args, DEVICE))
 
 
+FORMATS = [("split32", "int8"), ("bfloat16", "int8_row"), ("split32", "bfloat16"), ("bfloat16", "int8")]
+formats = pytest.mark.parametrize(("weights", "states"), FORMATS, ids=map("/".join, FORMATS))
+
+
+def in_formats(weights, states, d, d_out, dtype=torch.bfloat16):
+    """row_update's and row_step's operands beside tokens of ``dtype``, with moments that aren't 0."""
+    generator = torch.Generator().manual_seed(2)
+
+    def hold(w):
+        """weight, remainder, state."""
+        weight, remainder = split(w) if weights == "split32" else (w.bfloat16(), None)
+        state, shape = new_state(w, states), w.shape
+        v = torch.rand(shape[0], state[1].shape[1], generator=generator) + 0.1
+        write_rows(w.clone(), None, state, None, (w, torch.randn(shape, generator=generator), v), 1, 0)
+        state[2].copy_(torch.arange(len(w)).remainder(9))
+        return weight.clone(), None if remainder is None else remainder.clone(), state
+
+    *_, (_, update), (_, step), _ = arguments(dtype, d, d_out)
+    (W_enc, enc_rest, enc), (W_dec, dec_rest, dec) = hold(update[0].float()), hold(step[2].float())
+    yield "row_update", (W_enc, enc_rest, enc, *update[3:])
+    bias = step[1].float()
+    yield "row_step", (W_enc, bias, W_dec, enc_rest, dec_rest, enc, step[6], dec, *step[8:])
+
+
+@pytest.mark.parametrize("widths", [(D, 200), (4096, 1100)], ids=str)
+@formats
+def test_formats(weights, states, widths):
+    """What was rounded to few bits is the oracle's but where its sums fell on another side of a bit."""
+    for op, args in in_formats(weights, states, *widths):
+        for _ in range(3):
+            assert_repeatable(lambda op=op, args=args: run(op, "triton", args, DEVICE))
+        for actual, expected in zip(run(op, "triton", args, DEVICE), run(op, "reference", args), strict=True):
+            assert actual.dtype == expected.dtype
+            if actual.dtype in (torch.uint8, torch.bfloat16):
+                assert (actual.nan_to_num() == expected.nan_to_num()).double().mean() > 0.98
+            elif actual.dtype == torch.float32:
+                torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4, equal_nan=True)
+            elif actual.dtype != torch.int16:
+                assert_same(actual, expected)
+
+
+@formats
+def test_the_same_bytes_where_moments_are_exact(weights, states):
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda most: torch.randint(-most, most + 1, (64, 1024), generator=generator).float()  # noqa: E731
+    W = draw(1000).bfloat16()
+    state, clock = new_state(W, states), torch.tensor([9, 0, 0.5, 1], dtype=torch.float64)
+    v = draw(90).square()[:, : state[1].shape[1]]
+    write_rows(W.float(), None, state, None, (W.float(), draw(64), v), 1, 0)
+    remainder = draw(1000).short() if weights == "split32" else None
+    args = W, remainder, state, None, draw(32), None, clock, 0.5, 0.5, 1e-8, False, 2**31 - 1, 7
+    for actual, expected in zip(
+        run("row_update", "triton", args, DEVICE), run("row_update", "torch", args), strict=True
+    ):
+        assert_same(actual, expected)
+
+
 @dtypes
 def test_two_runs_of_encode_agree_to_the_bit(several_chunks, dtype):
     p = problem(N, D, M).to(dtype)
@@ -241,13 +299,13 @@ def test_a_run_begun_on_a_cpu_goes_on():
     assert int(optimizer.param_groups[0]["steps"]) == 280
 
 
-def make(activation, dtype=torch.float32, mode="deferred"):
+def make(activation, dtype=torch.float32, mode="deferred", weights="float32", states="float32"):
     torch.manual_seed(0)
-    losses = (AuxK(0.5, k_aux=32, dead_after=500),)
-    sae = SAE(SAEConfig(D, 3000, activation, losses=losses), backend="triton").to(DEVICE, dtype)
+    config = SAEConfig(D, 3000, activation, losses=(AuxK(0.5, k_aux=32, dead_after=500),))
+    sae = SAE(config, backend="triton", weight_format=weights).to(DEVICE, dtype)
     with torch.no_grad():
         sae.b_enc[::6] = -30
-    return sae, RowAdam(sae, 1e-3, eps=1e-3, mode=mode, backend="triton")
+    return sae, RowAdam(sae, 1e-3, eps=1e-3, mode=mode, state_dtype=states, backend="triton")
 
 
 def batches(dtype=torch.float32, count=6):
@@ -282,9 +340,10 @@ def test_training_matches_the_oracle(activation, mode):
 
 @dtypes
 @pytest.mark.parametrize("activation", [TopK(8), BatchTopK(8)], ids=str)
-def test_a_step_can_be_captured_in_a_graph(activation, dtype):
+@pytest.mark.parametrize("held", [("float32", "float32"), *FORMATS[:2]], ids="/".join)
+def test_a_step_can_be_captured_in_a_graph(held, activation, dtype):
     """Replays equal steps launched one by one; and no step makes the host wait."""
-    sae, optimizer = make(activation, dtype)
+    sae, optimizer = make(activation, dtype, weights=held[0], states=held[1])
     *first, last = batches(dtype)
     for x in first[:2]:
         train_step(sae, optimizer, x)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,7 +174,7 @@ def _encode_topk(x: Tensor, latents: _Latents, k: int) -> tuple[Tensor, Tensor]:
 
     number = 0
     for lo, scores in latents.blocks(x, width):
-        number += 1
+        number += 1  # noqa: SIM113  (enumerate would keep the last block alive)
         # >: a later column loses a tie
         rows, columns, values = _candidates(scores, group, threshold, torch.ge if tau is None else torch.gt)
         del scores  # before the next block is made

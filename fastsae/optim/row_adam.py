@@ -68,6 +68,8 @@ class RowAdam(torch.optim.Optimizer):
         backend: which backend updates (see :mod:`fastsae.backends`); of an SAE "auto" takes its own.
         seed: of the stochastic rounding of bf16 weights and narrow moments, which is a function of (seed,
             parameter, step, row, column): a resumed run rounds as an uninterrupted one.
+        host_states: keep the moments that are by rows in (pinned) host memory: a GPU then holds weights alone,
+            and a step moves the moments of its active rows over the bus, there and back. Not for "dense".
 
     bf16 parameters are rounded stochastically; of a split32 :class:`fastsae.SAE` all bits are updated.
 
@@ -88,6 +90,7 @@ class RowAdam(torch.optim.Optimizer):
         state_dtype: str = "float32",
         backend: Backend = "auto",
         seed: int = 0,
+        host_states: bool = False,
     ) -> None:
         resolve(backend)
         self.backend = params.backend if backend == "auto" and isinstance(params, SAE) else backend
@@ -99,6 +102,7 @@ class RowAdam(torch.optim.Optimizer):
             "mode": mode,
             "state_dtype": state_dtype,
             "seed": seed,
+            "host_states": host_states,
             "row_sparse": None,
             "unit_norm": False,
         }
@@ -173,19 +177,16 @@ class RowAdam(torch.optim.Optimizer):
             if index < len(params):
                 _check_state(index, state, params[index], self._kind(groups[index], params[index]))
         # torch would cast all states to their parameter's dtype, which ruins counters and codes
+        held = self.state
         _Plain.load_state_dict(self, state_dict | {"state": {}})
         for group in self.param_groups:
             group |= self.defaults | group
         for index, state in state_dict["state"].items():
-            mine = self.state[params[index]]
-            for name in mine.keys() - state.keys():
-                del mine[name]
-            for name, t in state.items():
-                there = mine.get(name)
-                if there is not None and (there.shape, there.dtype) == (t.shape, t.dtype):
-                    there.copy_(t)
-                else:
-                    mine[name] = t.to(params[index].device, copy=True)
+            mine = held.get(params[index], {})
+            if _layout(mine) == _layout(state):
+                self.state[params[index]] = mine
+            for name, t in self._state(params[index]).items():
+                t.copy_(state[name])
         self._most_steps = max((int(group["steps"]) for group in self.param_groups), default=0)
 
     def __getstate__(self) -> dict:
@@ -289,7 +290,8 @@ class RowAdam(torch.optim.Optimizer):
         if not state:
             if param.is_cuda and torch.cuda.is_current_stream_capturing():
                 reject("opt", "no states yet, in a CUDA graph's capture", "a step taken before the capture")
-            state.update(_new_state(param, self._kind(group, param)))
+            on_host = group["host_states"] and self._by_rows(param)
+            state.update(_new_state(param, self._kind(group, param), on_host))
         return state
 
     def _blocks(self, param: Tensor, n_rows: int | None = None) -> list[tuple[int, int]]:
@@ -363,6 +365,9 @@ def _check_group(group: dict) -> None:
     check_choice("mode", group["mode"], ("dense", "lazy", "deferred"))
     check_choice("state_dtype", group["state_dtype"], STATE_DTYPES)
     check_number("seed", group["seed"], integer=True, low=0)
+    check_type("host_states", group["host_states"], bool, "True or False")
+    if group["host_states"] and group["mode"] == "dense":
+        reject("host_states", True, "False in mode 'dense', where every row is needed at every step")
 
 
 def _groups(params: nn.Module | Iterable) -> Iterable:
@@ -385,11 +390,15 @@ def _as_rows(param: Tensor) -> Tensor:
     return param.detach().view(param.shape[0] if param.ndim else 1, -1)
 
 
-def _new_state(param: Tensor, kind: str) -> dict[str, Tensor]:
+def _new_state(param: Tensor, kind: str, on_host: bool = False) -> dict[str, Tensor]:
     """Moments of 0 by name: in the shape of ``param``, as torch has them, where each weight has its own."""
-    made = new_state(_as_rows(param), kind)
+    made = new_state(_as_rows(param), kind, on_host)
     by_weight = [t.ndim == 2 and t.numel() == param.numel() for t in made]
     return {n: t.view(param.shape) if b else t for n, t, b in zip(_STATE, made, by_weight, strict=False)}
+
+
+def _layout(state: dict[str, Tensor]) -> dict[str, tuple]:
+    return {name: (t.shape, t.dtype) for name, t in state.items()}
 
 
 def _check_state(index: int, state: dict[str, Tensor], param: Tensor, kind: str) -> None:

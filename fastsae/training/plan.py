@@ -86,10 +86,6 @@ GPUS = {
         79 * 2**30, 280e12, 17.5e12, 1.8e12,
         "90 % of the datasheet's 312 and 19.5 TFLOP/s and 2.0 TB/s",
     ),
-    "b200": Gpu(
-        167 * 2**30, 2000e12, 67e12, 7.2e12,
-        "180 GB, 90 % of the datasheet's 2250 and 75 TFLOP/s and 8 TB/s",
-    ),
 }  # fmt: skip
 
 
@@ -214,7 +210,7 @@ def _on_cpu(work: Workload) -> dict[str, int]:
     m, n, wide = work.latents, min(work.batch, MAX_TOKENS), max(work.d_in, work.d_out)
     columns = max(MIN_COLUMNS, min(BLOCK_SCORES // n, BLOCK_WEIGHTS // work.d_in) // GROUP * GROUP, work.k)
     columns = min(m, columns)
-    scores = n * columns * 4 * (1 if columns == m else 2)  # the last block is held while the next is computed
+    scores = n * columns * 4
     freed = 2 * min(n * columns * 4, MOST_MAPPED)  # what malloc keeps on top of the heap
     # narrow weights are upcast and a subset's are gathered: a block of them
     copied = columns * work.d_in * 4 * (work.plane < 4 or work.k_aux > 0)

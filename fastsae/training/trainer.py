@@ -48,7 +48,7 @@ class TrainConfig:
         n_steps: optimizer steps in all; None takes ``len(activations) // accumulate``.
         accumulate: batches per optimizer step, see :func:`train_step`. Schedules, logs, checkpoints and skips
         go by steps. Where the activations end within a step, its batches are left out.
-        lr, betas, eps, mode, state_dtype, seed: of :class:`fastsae.optim.RowAdam`.
+        lr, betas, eps, mode, state_dtype, seed, host_states: of :class:`fastsae.optim.RowAdam`.
         warmup: share of the run over which the learning rate rises linearly from 0.
         decay: share of the run, at its end, over which it falls linearly to 0.
         sparsity_warmup: share of the run over which sparsity coefficients (DecoderNormL1) rise linearly from
@@ -74,6 +74,7 @@ class TrainConfig:
     mode: str = "deferred"
     state_dtype: str = "float32"
     seed: int = 0
+    host_states: bool = False
     warmup: float = 0.05
     decay: float = 0.2
     sparsity_warmup: float = 0.05
@@ -124,6 +125,7 @@ class Trainer:
             config.state_dtype,
             sae.backend,
             config.seed,
+            config.host_states,
         )
         self.step = self.skipped = 0
         self.seconds = 0.0

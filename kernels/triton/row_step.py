@@ -8,19 +8,19 @@ times error[n]):
     encoder:   pull += db u;   Adam on u with sum_j d_pre[j] x[n mod N]
 
 The gradient is a sum in registers, and a row is loaded once, for the products and for its update
-(adam_rows), of split32 the remainder when the products are through; a bf16 row of the decoder's comes a
-second time, from a cache, rather than be kept in two layouts. Two kernels, because a latent's two rows share nothing but d_pre, 4 bytes an entry. The
-decoder's products and norms need its whole row, so one program owns that: 16 elements a lane, which at D =
-4096 lets two programs share an SM, one loading while the other reduces. The encoder's needs no sum over D:
-one program owns slices of rows pid, pid + programs, ..., and their share of pull, summed in that order;
-whole rows, in the decoder's tiles, where a row has one second moment. In one kernel the two need over 190
-registers.
+(adam_rows); of split32 the remainder follows when the products are through, and the decoder's halves come
+a second time, from a cache, rather than be kept in two layouts. Two kernels, because a latent's two rows
+share nothing but d_pre, 4 bytes an entry. The decoder's products and norms need its whole row, so one
+program owns that: 16 elements a lane, which at D = 4096 lets two programs share an SM, one loading while the
+other reduces. The encoder's needs no sum over D: one program owns slices of rows pid, pid + programs, ...,
+and their share of pull, summed in that order; whole rows, in the decoder's tiles, where a row has one second
+moment. In one kernel the two need over 190 registers.
 
 Bytes: P * D elements of error and as many of x, in part from the L2, and 24 an element of each active row
-(fp32 weights and moments; 12 as split32 and int8, 8 as bf16 and int8): at P = 524,288, D = 4096 and 131k latents 8.6 GB of tokens in half precision and
-26 GB of rows. 6 FLOPs an element of a token, some 30 of a row: bandwidth decides. BLOCK_J tokens are asked
-for at once, and the next ones' names before the products are reduced. Runs longer than a chunk are summed
-in pieces (see row_grads).
+(fp32 weights and moments; 12 as split32 and int8, 8 as bf16 and int8): at P = 524,288, D = 4096 and 131k
+latents 8.6 GB of tokens in half precision and 26 GB of rows. 6 FLOPs an element of a token, some 30 of a
+row: bandwidth decides. BLOCK_J tokens are asked for at once, and the next ones' names before the products
+are reduced. Runs longer than a chunk are summed in pieces (see row_grads).
 """
 
 from __future__ import annotations

@@ -80,10 +80,10 @@ def adam_rows(
 ):  # fmt: skip
     """Update columns ``start``.. of the rows [R] int64 of w_ptr where ``mask_r`` [R].
 
-    w, g: [R, W] fp32, as loaded from w_ptr (of split32 the plane) and the gradient; 0 beyond the row. W covers
-    the row where UNIT_NORM or PER_ROW needs sums over it.
+    w, g: [R, W] fp32, as loaded from w_ptr (of split32 the plane) and the gradient; 0 beyond the row. W
+    covers the row where UNIT_NORM or PER_ROW needs sums over it.
     state: remainder*, exp_avg, exp_avg_sq ([M, 1] with PER_ROW), last_step, the scales of both*, a copy of
-    last_step to read where several programs share a row*, coast*, clock; None may stand for those with a star.
+    last_step to read where several programs share a row*, coast*, clock; * may be None.
     hyper: beta1, 1 - beta1, log2 beta1, beta2, 1 - beta2, log2 beta2, eps.
     seed, first: int32, of the random numbers, in which row i goes by first + i.
     """

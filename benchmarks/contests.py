@@ -26,6 +26,7 @@ from fastsae.formats import new_state
 from fastsae.ops import implementation
 from fastsae.optim import RowAdam
 from fastsae.training import train_step
+from fastsae.training.plan import plan_run
 
 chunked = import_module("fastsae.backends.triton.encode")  # the package's `encode` is the function
 
@@ -263,6 +264,17 @@ def narrow_step(s: Shape, dtype: torch.dtype, device: str) -> Iterator[Entry]:
         config = SAEConfig(s.D, s.M, TopK(s.k))
         sae = SAE(config, device=device, dtype=dtype, weight_format=formats[0])
         yield from _steps(s, sae, batches, formats, ("triton",))
+
+
+def vast_step(s: Shape, dtype: torch.dtype, device: str) -> Iterator[Entry]:
+    """The step of a dictionary that one card holds in the fewest bytes alone."""
+    formats = ("bfloat16", "int8" if s.M <= 2**24 else "int8_row")
+    sae = SAE(SAEConfig(s.D, s.M, TopK(s.k)), device=device, dtype=dtype, weight_format=formats[0])
+    held = plan_run(s.D, s.M, s.k, s.N, weight_format=formats[0], state_dtype=formats[1])
+    gib = (held["weights_bytes"] + held["states_bytes"] + held["counters_bytes"]) / 2**30
+    for entry in _steps(s, sae, _batches(s, dtype, device), formats, ("triton",)):
+        entry.note = f"beside {gib:.1f} GiB of weights and states"
+        yield entry
 
 
 def _steps(

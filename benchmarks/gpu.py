@@ -31,6 +31,8 @@ BIG = Shape(8192, 4096, 131_072, 64)
 NARROW = Shape(8192, 768, 131_072, 64)
 HUGE = Shape(8192, 4096, 1_048_576, 64)
 SMALL = Shape(8192, 768, 16_384, 64)
+VAST = [Shape(8192, 768, 2**24, 64), Shape(8192, 704, 2**25, 64)]
+"""16 and 32 M latents: the widest multiples of 64, up to 768, that 139 GiB hold."""
 BF16, FP32 = torch.bfloat16, torch.float32
 
 Case = tuple[Callable[[Shape, torch.dtype, str], Iterator[contests.Entry]], Shape, torch.dtype]
@@ -39,6 +41,7 @@ PLAN: list[Case] = [
     (contests.ceilings, BIG, BF16),
     *((case, BIG, BF16) for case in (contests.encode, contests.step, contests.backward)),
     *((case, BIG, BF16) for case in (contests.narrow_step, contests.narrow_backward, contests.decode)),
+    *((contests.vast_step, shape, BF16) for shape in VAST),
     *((contests.encode, shape, BF16) for shape in (NARROW, HUGE)),
     *((contests.step, shape, BF16) for shape in (HUGE, NARROW)),
     (contests.narrow_step, HUGE, BF16),

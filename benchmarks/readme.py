@@ -91,8 +91,8 @@ def _wide(rows: list[dict[str, Any]]) -> str:
         return ""
     s = rows[0]
     head = (
-        f"M = {s['M']:,} latents, D = {s['D']}, N = {s['N']}, k = {s['k']}, by how weights and states are held "
-        "(the first five steps\nof a process, its whole peak with Python and torch in it):"
+        f"M = {s['M']:,} latents, D = {s['D']}, N = {s['N']}, k = {s['k']}, by how weights and states are "
+        "held (the first five\nsteps of a process, its whole peak with Python and torch in it):"
     )
     table = [
         "| weights/states | held | peak of the process | `fastsae plan` said | step |",

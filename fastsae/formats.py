@@ -131,8 +131,8 @@ def new_state(weight: Tensor, kind: str, on_host: bool = False) -> list[Tensor]:
     """What Adam keeps of ``weight`` [M, D], all 0, in one of STATE_DTYPES, in the order operators take it:
 
     exp_avg, exp_avg_sq ([M, 1] for int8_row), last_step [M] int32; and of codes the scales, of exp_avg first.
-    Its memory is taken now, not page by page: what fits a run's first step fits its last. ``on_host``: all but
-    last_step in pinned host memory, which a GPU's kernels read and write where it is.
+    Its memory is taken now, not page by page: what fits a run's first step fits its last. ``on_host``: all
+    but last_step in pinned host memory, which a GPU's kernels read and write where it is.
     """
     (m, d), eight = weight.shape, kind.startswith("int8")
     wide = torch.float64 if weight.dtype == torch.float64 and kind == "float32" else torch.float32

@@ -237,7 +237,7 @@ def test_an_update_is_fp32s_rounded_once(backend, weights, kind, unit_norm, ever
 
 @pytest.mark.parametrize(("weights", "kind"), PAIRS)
 def test_backends_round_alike(weights, kind):
-    """The portable backend's bytes are the oracle's, unless the last bit of an fp32 sum decides a rounding."""
+    """The portable backend's bytes are the oracle's, unless an fp32 sum's last bit decides a rounding."""
     results = []
     for backend in ("reference", "torch"):
         plane, rest, state = held(numbers(50, 300, 0.3), weights, kind)

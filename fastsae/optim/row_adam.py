@@ -68,8 +68,8 @@ class RowAdam(torch.optim.Optimizer):
         backend: which backend updates (see :mod:`fastsae.backends`); of an SAE "auto" takes its own.
         seed: of the stochastic rounding of bf16 weights and narrow moments, which is a function of (seed,
             parameter, step, row, column): a resumed run rounds as an uninterrupted one.
-        host_states: keep the moments that are by rows in (pinned) host memory: a GPU then holds weights alone,
-            and a step moves the moments of its active rows over the bus, there and back. Not for "dense".
+        host_states: keep the moments that are by rows in (pinned) host memory: a GPU then holds weights
+            alone, and a step moves the moments of its active rows over the bus and back. Not for "dense".
 
     bf16 parameters are rounded stochastically; of a split32 :class:`fastsae.SAE` all bits are updated.
 

@@ -101,7 +101,8 @@ def train(
     auxk: Annotated[float, typer.Option(help="Coefficient of AuxK (topk, batchtopk); 0: none.")] = 1 / 32,
     dead_after: Annotated[int | None, typer.Option(help="Silent tokens that make a latent dead.")] = None,
     normalization: Annotated[str, typer.Option(help="none, scalar or layer_norm.")] = "scalar",
-    batch_size: Annotated[int, typer.Option(help="Tokens per step.")] = 4096,
+    batch_size: Annotated[int, typer.Option(help="Tokens per batch.")] = 4096,
+    accumulate: Annotated[int, typer.Option(help="Batches per step.")] = 1,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate; default 2e-4 / sqrt(latents / 16384).")
     ] = None,

@@ -55,7 +55,7 @@ class RunOptions:
         dead_after: tokens without firing that make a latent dead; None is 1/28 of the run, at most 10
         million.
         normalization: "none", "scalar" or "layer_norm".
-        batch_size: tokens per step.
+        batch_size, accumulate: tokens per batch, batches per step.
         lr: None is 2e-4 / sqrt(latents / 2^14) (Gao et al. 2024), meant for long runs.
         held_out: tokens kept from training for the final metrics, at most a tenth of the data.
         context: tokens per window of text.
@@ -78,6 +78,7 @@ class RunOptions:
     dead_after: int | None = None
     normalization: str = "scalar"
     batch_size: int = 4096
+    accumulate: int = 1
     lr: float | None = None
     warmup: float = 0.05
     decay: float = 0.2

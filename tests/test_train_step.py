@@ -606,7 +606,7 @@ def test_an_optimizer_that_lets_a_unit_norm_decoder_go_is_refused():
 # What it learns
 
 
-def learn(activation, tied=True, steps=2000, lr=3e-3):
+def learn(activation, tied=True, steps=2000, lr=3e-3, weight_format="float32", state_dtype="float32"):
     """Train on sparse sums of 128 known directions in 64 dimensions; return MMCS, share above .9, FVU."""
     generator = torch.Generator().manual_seed(0)
     truth = torch.nn.functional.normalize(torch.randn(128, 64, generator=generator), dim=1)
@@ -618,11 +618,11 @@ def learn(activation, tied=True, steps=2000, lr=3e-3):
 
     assert sample(10_000).square().sum(1).mean().item() == pytest.approx(64, rel=0.05)
     torch.manual_seed(1)  # not the seed of the truth, or the start could be the very solution
-    sae = SAE(SAEConfig(64, 128, activation))
+    sae = SAE(SAEConfig(64, 128, activation), weight_format=weight_format)
     if not tied:
         with torch.no_grad():
             sae.W_enc.copy_(torch.nn.functional.normalize(torch.randn(128, 64), dim=1))
-    optimizer = RowAdam(sae, lr)
+    optimizer = RowAdam(sae, lr, state_dtype=state_dtype)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100, (steps - step) / (0.2 * steps))
@@ -631,7 +631,7 @@ def learn(activation, tied=True, steps=2000, lr=3e-3):
     x = sample(8192)
     with torch.no_grad():
         error = (sae.eval()(x) - x).square().sum() / (x - x.mean(0)).square().sum()
-        best = (truth @ torch.nn.functional.normalize(sae.W_dec, dim=1).T).max(1).values
+        best = (truth @ torch.nn.functional.normalize(sae.full_precision("W_dec"), dim=1).T).max(1).values
     return best.mean().item(), best.gt(0.9).float().mean().item(), error.item()
 
 
@@ -646,6 +646,18 @@ GATES = [
 @pytest.mark.parametrize(("activation", "gate"), GATES, ids=["TopK", "BatchTopK"])
 def test_the_true_features_are_found(activation, gate):
     cosine, share, error = learn(activation)
+    assert cosine >= gate[0]
+    assert share >= gate[1]
+    assert error <= gate[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "formats", [("split32", "int8"), ("bfloat16", "int8"), ("bfloat16", "int8_row")], ids=str
+)
+@pytest.mark.parametrize(("activation", "gate"), GATES, ids=["TopK", "BatchTopK"])
+def test_the_true_features_are_found_in_fewer_bytes(activation, gate, formats):
+    cosine, share, error = learn(activation, weight_format=formats[0], state_dtype=formats[1])
     assert cosine >= gate[0]
     assert share >= gate[1]
     assert error <= gate[2]

@@ -192,6 +192,8 @@ def encoder_step_kernel(
                 start, end = tl.load(starts_ptr + r), tl.load(starts_ptr + r + 1)
                 split = tl.load(split_ptr)  # here, for want of a register
                 g = run_sum(d_pre_ptr, x_ptr, tokens_ptr, parts_ptr, start, end, D, split, offs_d, BLOCK_J)
+                if PER_ROW:  # again, as the decoder's
+                    w = tl.load(w_ptr + row * D + offs_d, mask=mask_d, other=0).to(tl.float32)
             pull += tl.load(db_ptr + row) * w
             if ENC:
                 rows = row + tl.zeros((1,), tl.int64)

@@ -92,10 +92,10 @@ def pack(x: Tensor, bits: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     """uint8 codes [R, D] of fp32 rows, and the scale of each block, uint8 [R, blocks].
 
         scale = exponent of the block's largest + 1, as fp32 has it (with room to round up); 0 where all are 0
-        code  = (|bits of x| >> 20) - 8 (scale - top),   top = 15 if signed, else 31;   0 for 0
+        code  = (|bits of x| >> 20) - 8 (scale - top),   top = 15 if signed, else 31
 
-    after 16 random ``bits`` were added below the three that remain of the mantissa. A value too small for a
-    code is 0 if signed; else, being one that Adam divides by, the smallest.
+    after 16 random ``bits`` were added below the three that remain of the mantissa. 0 stays 0; a value too
+    small for a code becomes 0 if signed, else, being one that Adam divides by, the smallest.
     """
     magnitude = x.view(torch.int32) & 0x7FFFFFFF
     blocks = torch.nn.functional.pad(magnitude, (0, -x.shape[1] % BLOCK)).view(len(x), -1, BLOCK)

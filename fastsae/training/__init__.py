@@ -1,6 +1,6 @@
 """Training: the fused step, the trainer, and whole runs from text or activations to a report."""
 
-from fastsae.training.step import train_step
+from fastsae.training.step import drop_batches, train_step
 from fastsae.training.trainer import NotFinite, TrainConfig, Trainer
 
-__all__ = ["NotFinite", "TrainConfig", "Trainer", "train_step"]
+__all__ = ["NotFinite", "TrainConfig", "Trainer", "drop_batches", "train_step"]

@@ -39,42 +39,40 @@ def run_suite(name: str, say: Callable[[dict], None]) -> list[dict[str, Any]]:
             rows.append(row)
             say(row)
     for formats in FORMATS:
-        rows.append(_wide_row(*formats))
+        rows.append(_wide_row(WIDE, *formats))
         say(rows[-1])
     return rows
 
 
-def _wide_row(weight_format: str, state_dtype: str) -> dict[str, Any]:
-    """Time and peak memory of the first steps at WIDE, imports included, beside what the plan says.
+def _wide_row(shape: dict[str, int], weight_format: str, state_dtype: str) -> dict[str, Any]:
+    """Time and peak memory of the first steps, imports included, beside what the plan says.
 
     Raises AssertionError where the loss doesn't fall.
     """
-    result = alone(partial(_wide_steps, weight_format, state_dtype))
+    result = alone(partial(_wide_steps, shape, weight_format, state_dtype))
     if not result["losses"][-1] < result["losses"][0]:
         raise AssertionError(f"losses {result['losses']} of {weight_format}/{state_dtype}: no figures")
-    planned = plan_run(
-        WIDE["D"], WIDE["M"], WIDE["k"], WIDE["N"], weight_format=weight_format, state_dtype=state_dtype
-    )
-    least = min(result["ms"])
+    d, m, k, n = (shape[name] for name in "DMkN")
+    planned = plan_run(d, m, k, n, weight_format=weight_format, state_dtype=state_dtype)
+    times = quantiles(sorted(result["ms"]))
     return (
-        {"op": "step", "backend": "torch", **WIDE, "dtype": "float32"}
-        | {"format": f"{weight_format}/{state_dtype}"}
-        | quantiles(sorted(result["ms"]))
+        {"op": "step", "backend": "torch", **shape, "dtype": "float32"}
+        | {"format": f"{weight_format}/{state_dtype}", **times}
         | {"peak_mib": result["peak_mib"], "held_mib": result["held_mib"]}
         | {"planned_mib": planned["total_bytes"] / 2**20}
-        | {"tflops": 2 * WIDE["N"] * WIDE["M"] * WIDE["D"] / least / 1e9, "tb_s": None, "ratio_to_gemm": None}
+        | {"tflops": 2 * n * m * d / times["p50_ms"] / 1e9, "tb_s": None, "ratio_to_gemm": None}
         | {"note": f"the first {WIDE_STEPS} steps of a process; its whole peak"}
     )
 
 
-def _wide_steps(weight_format: str, state_dtype: str) -> dict[str, Any]:
+def _wide_steps(shape: dict[str, int], weight_format: str, state_dtype: str) -> dict[str, Any]:
     torch.manual_seed(0)
-    sae = SAE(SAEConfig(WIDE["D"], WIDE["M"], TopK(WIDE["k"])), weight_format=weight_format)
+    sae = SAE(SAEConfig(shape["D"], shape["M"], TopK(shape["k"])), weight_format=weight_format)
     opt = RowAdam(sae, lr=1e-3, state_dtype=state_dtype)
-    mixing = torch.randn(16, WIDE["D"])
+    mixing = torch.randn(16, shape["D"])
     ms, losses = [], []
     for _ in range(WIDE_STEPS):
-        x = torch.randn(WIDE["N"], 16) @ mixing
+        x = torch.randn(shape["N"], 16) @ mixing
         start = time.perf_counter()
         losses.append(train_step(sae, opt, x)["loss"].item())
         ms.append(1e3 * (time.perf_counter() - start))

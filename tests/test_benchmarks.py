@@ -37,6 +37,8 @@ KEYS = {
 @pytest.fixture
 def toy(monkeypatch):
     monkeypatch.setitem(suites.SUITES, "quick", ([{"N": 32, "D": 16, "M": 128, "k": 4}], 3))
+    monkeypatch.setattr(suites, "WIDE", {"N": 64, "D": 16, "M": 256, "k": 4})
+    monkeypatch.setattr(suites, "FORMATS", [("split32", "int8")])
 
 
 @pytest.mark.slow  # the peak is taken in a process of its own
@@ -44,11 +46,14 @@ def test_rows_follow_the_schema(toy, tmp_path):
     command.main(["--json", str(tmp_path / "new/rows.json")])
     result = json.loads((tmp_path / "new/rows.json").read_text())
     assert {"machine", "commit", "time", "rows"} <= result.keys()
-    assert [row["op"] for row in result["rows"]] == ["gemm", "gemm", "encode", "step"]
+    assert [row["op"] for row in result["rows"]] == ["gemm", "gemm", "encode", "step", "step"]
     for row in result["rows"]:
         assert KEYS | {"ratio_to_gemm", "note"} <= row.keys()
         assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
     assert result["rows"][0]["ratio_to_gemm"] == 1
+    wide = result["rows"][-1]
+    assert wide["format"] == "split32/int8"
+    assert 0 < wide["held_mib"] < wide["peak_mib"]
 
 
 def test_no_figure_on_a_wrong_result(toy, monkeypatch):

@@ -52,20 +52,23 @@ def _wide_row(shape: dict[str, int], weight_format: str, state_dtype: str) -> di
     result = alone(partial(_wide_steps, shape, weight_format, state_dtype))
     if not result["losses"][-1] < result["losses"][0]:
         raise AssertionError(f"losses {result['losses']} of {weight_format}/{state_dtype}: no figures")
-    d, m, k, n = (shape[name] for name in "DMkN")
-    planned = plan_run(d, m, k, n, weight_format=weight_format, state_dtype=state_dtype)
+    d, m, n = (shape[name] for name in "DMN")
     times = quantiles(sorted(result["ms"]))
     return (
         {"op": "step", "backend": "torch", **shape, "dtype": "float32"}
         | {"format": f"{weight_format}/{state_dtype}", **times}
         | {"peak_mib": result["peak_mib"], "held_mib": result["held_mib"]}
-        | {"planned_mib": planned["total_bytes"] / 2**20}
+        | {"planned_mib": result["planned_mib"]}
         | {"tflops": 2 * n * m * d / times["p50_ms"] / 1e9, "tb_s": None, "ratio_to_gemm": None}
         | {"note": f"the first {WIDE_STEPS} steps of a process; its whole peak"}
     )
 
 
 def _wide_steps(shape: dict[str, int], weight_format: str, state_dtype: str) -> dict[str, Any]:
+    # before anything is allocated: a plan counts what its process has
+    planned = plan_run(
+        *(shape[name] for name in "DMkN"), weight_format=weight_format, state_dtype=state_dtype
+    )
     torch.manual_seed(0)
     sae = SAE(SAEConfig(shape["D"], shape["M"], TopK(shape["k"])), weight_format=weight_format)
     opt = RowAdam(sae, lr=1e-3, state_dtype=state_dtype)
@@ -79,7 +82,8 @@ def _wide_steps(shape: dict[str, int], weight_format: str, state_dtype: str) -> 
     peak = resident_peak_mib()
     held = [*sae.state_dict().values(), *(t for state in opt.state.values() for t in state.values())]
     held_mib = sum(t.numel() * t.element_size() for t in held) / 2**20
-    return {"ms": ms, "losses": losses, "peak_mib": peak, "held_mib": held_mib}
+    planned_mib = planned["total_bytes"] / 2**20
+    return {"ms": ms, "losses": losses, "peak_mib": peak, "held_mib": held_mib, "planned_mib": planned_mib}
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ __all__ = [
     "narrow_step",
     "parts",
     "step",
+    "vast_step",
 ]
 
 NARROW = (("split32", "int8"), ("bfloat16", "int8"))

@@ -14,7 +14,7 @@ from fastsae.backends import torch as portable
 from fastsae.benchmarks.measure import alone, interleaved, peak_mib, quantiles, resident_peak_mib
 from fastsae.optim import RowAdam
 from fastsae.training import train_step
-from fastsae.training.plan import plan_run
+from fastsae.training.plan import FORMATS, plan_run
 
 __all__ = ["SUITES", "run_suite"]
 
@@ -22,11 +22,6 @@ CPU_SHAPES = [{"N": 1024, "D": 384, "M": 16_384, "k": 32}, {"N": 1024, "D": 384,
 SUITES = {"quick": (CPU_SHAPES, 9)}
 WIDE = {"N": 512, "D": 64, "M": 2**20, "k": 32}
 """A million latents: memory by format."""
-FORMATS = [
-    ("float32", "float32"), ("float32", "int8"), ("split32", "float32"), ("split32", "bfloat16"),
-    ("split32", "int8"), ("bfloat16", "bfloat16"), ("bfloat16", "int8"), ("bfloat16", "int8_row"),
-]  # fmt: skip
-"""Of weights and optimizer states."""
 WIDE_STEPS = 5
 
 

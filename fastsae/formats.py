@@ -185,13 +185,9 @@ def write_rows(
     bf16 and codes are rounded by :func:`random_bits`, in which row i goes by the number ``first`` + i.
     """
     (w, m, v), (exp_avg, exp_avg_sq, last_step, *scales) = new, state
-    random = [
-        exp_avg.dtype in (torch.bfloat16, torch.uint8),
-        exp_avg_sq.dtype in (torch.bfloat16, torch.uint8),
-    ]
-    random.append(weight.dtype == torch.bfloat16 and remainder is None)
+    rounded = {exp_avg.dtype, exp_avg_sq.dtype} | ({weight.dtype} if remainder is None else set())
     for_w = for_m = for_v = w  # unused, unless
-    if any(random):
+    if rounded & {torch.bfloat16, torch.uint8}:
         numbers = first + (torch.arange(len(w), device=w.device) if rows is None else rows)
         for_w, for_m, for_v = random_bits(seed, step, numbers, w.shape[1])
     if remainder is None:

@@ -34,8 +34,10 @@ __all__ = [
     "assert_same",
     "assert_same_code",
     "assert_selected",
+    "assert_unchanged",
     "code_at",
     "decode_at",
+    "everything",
     "poisoned_empty",
     "pre_acts",
     "problem",
@@ -344,6 +346,25 @@ def assert_same(actual: Tensor, expected: Tensor, name: str = "result") -> None:
         _require(a == b, f"{name}: {what} {a}, not {b}")
     a, b = (t.detach().contiguous().flatten().view(torch.uint8) for t in (actual, expected))
     _require(torch.equal(a, b), f"{name}: {int((a != b).sum())} bytes differ")
+
+
+def everything(sae: Any, optimizer: Any = None) -> dict[str, Any]:
+    """Copies of all that a training step may change, by name."""
+    leaves = {name: t.clone() for name, t in sae.state_dict().items()}
+    if optimizer is not None:
+        for i, leaf in enumerate(tree_leaves(optimizer.state_dict())):
+            leaves[f"optimizer {i}"] = leaf.clone() if isinstance(leaf, Tensor) else leaf
+    return leaves
+
+
+def assert_unchanged(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Assert that two results of :func:`everything` have the same names, numbers and bits."""
+    _require(now.keys() == before.keys(), f"{sorted(now.keys() ^ before.keys())} are in one only")
+    for name, t in now.items():
+        if isinstance(t, Tensor):
+            assert_same(t, before[name], name)
+        else:
+            _require(t == before[name], f"{name}: {t}, not {before[name]}")
 
 
 def assert_repeatable(run: Callable[[], Iterable[Tensor]]) -> None:

@@ -1,6 +1,7 @@
 """Fixtures that every test file may ask for; none is automatic."""
 
 import os
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -83,6 +84,25 @@ def one_thread():
 def two_threads(one_thread):
     """Where the order of sums might depend on threads."""
     yield from _threads(2)
+
+
+@pytest.fixture
+def fastsae(monkeypatch, capsys):
+    """Call the command; returns (exit code, stdout, stderr)."""
+
+    from fastsae import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fastsae", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
 
 
 def _hasten_interpreter():

@@ -13,7 +13,15 @@ import fastsae.backends.torch as portable
 from fastsae import SAE, AuxK, BatchTopK, DecoderNormL1, JumpReLU, ReLU, SAEConfig, TopK, backends, losses
 from fastsae.data import Batches
 from fastsae.optim import RowAdam, row_adam
-from fastsae.testing import Allocations, NeverWaits, assert_close, assert_same, poisoned_empty
+from fastsae.testing import (
+    Allocations,
+    NeverWaits,
+    assert_close,
+    assert_same,
+    assert_unchanged,
+    everything,
+    poisoned_empty,
+)
 from fastsae.training import NotFinite, TrainConfig, Trainer, train_step
 from fastsae.training import step as step_module
 from fastsae.training.logs import read_log
@@ -62,24 +70,6 @@ def make(activation=TopK(3), losses=(), dtype=torch.float64, backend="auto", **o
     if "norm_scale" in sae.state_dict():
         sae.norm_scale.fill_(0.75)
     return sae.to(dtype)
-
-
-def everything(sae, optimizer=None):
-    """Copies of all that a step may change, by name."""
-    leaves = {name: t.clone() for name, t in sae.state_dict().items()}
-    if optimizer is not None:
-        for i, leaf in enumerate(torch.utils._pytree.tree_leaves(optimizer.state_dict())):
-            leaves[f"optimizer {i}"] = leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
-    return leaves
-
-
-def assert_unchanged(now, before):
-    assert now.keys() == before.keys()
-    for name, t in now.items():
-        if isinstance(t, torch.Tensor):
-            assert_same(t, before[name], name)
-        else:
-            assert t == before[name], name
 
 
 def big_step(sae, optimizer, xs, ys=None, scale=None):

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastsae import SAE, AuxK, ReLU, SAEConfig, TopK, backends, cli
+from fastsae import SAE, AuxK, ReLU, SAEConfig, TopK, backends
 from fastsae.checks import BadType, BadValue
 from fastsae.formats import STATE_DTYPES, WEIGHT_FORMATS
 from fastsae.optim import RowAdam
@@ -236,22 +236,6 @@ def test_free_memory_of_this_machine():
     assert 100 * 2**20 < planning.resident() < 100 * GIB
     assert planning._kibibytes("/proc/nothing", "VmRSS") is None
     assert planning._kibibytes("/proc/self/status", "VmNothing") is None
-
-
-@pytest.fixture
-def fastsae(monkeypatch, capsys):
-    """Call the command; returns (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fastsae", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        return (code, *capsys.readouterr())
-
-    return call
 
 
 def test_the_command(fastsae, tmp_path):

@@ -14,6 +14,8 @@ from fastsae.testing import (
     assert_close,
     assert_repeatable,
     assert_same,
+    assert_unchanged,
+    everything,
     poisoned_empty,
 )
 from fastsae.training import train_step
@@ -60,24 +62,6 @@ def ordinary_step(sae, optimizer, x, target=None, scale=None):
     if not isinstance(optimizer, RowAdam):
         sae.constrain_weights_()
     return loss.detach()
-
-
-def everything(sae, optimizer=None):
-    """Copies of all that a step may change, by name."""
-    leaves = {name: t.clone() for name, t in sae.state_dict().items()}
-    if optimizer is not None:
-        for i, leaf in enumerate(torch.utils._pytree.tree_leaves(optimizer.state_dict())):
-            leaves[f"optimizer {i}"] = leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
-    return leaves
-
-
-def assert_unchanged(now, before):
-    assert now.keys() == before.keys()
-    for name, t in now.items():
-        if isinstance(t, torch.Tensor):
-            assert_same(t, before[name], name)
-        else:
-            assert t == before[name], name
 
 
 def assert_equal_sae(sae, expected, tolerance=1e-9):

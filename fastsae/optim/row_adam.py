@@ -69,7 +69,9 @@ class RowAdam(torch.optim.Optimizer):
         seed: of the stochastic rounding of bf16 weights and narrow moments, which is a function of (seed,
             parameter, step, row, column): a resumed run rounds as an uninterrupted one.
         host_states: keep the moments that are by rows in (pinned) host memory: a GPU then holds weights
-            alone, and a step moves the moments of its active rows over the bus and back. Not for "dense".
+            alone. The kernel that updates a row reads its moments over the bus and writes them back; its
+            programs keep both directions busy, so a copy ahead of it could hide no more than the time of
+            the encode. Not for "dense".
 
     bf16 parameters are rounded stochastically; of a split32 :class:`fastsae.SAE` all bits are updated.
 

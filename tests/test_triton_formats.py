@@ -145,8 +145,10 @@ def test_row_update(weights, states, d, variant):
     (8, "a gradient"), (256, "a gradient"), (1024, "a gradient"), (512, "nothing"), (8, "nothing to be done"),
 ])  # fmt: skip
 @pairs
-def test_the_same_bytes_where_arithmetic_is_exact(weights, states, d, given):
+def test_the_same_bytes_where_arithmetic_is_exact(weights, states, d, given, monkeypatch):
     """Integers, and halves of them: whatever differs was rounded or coded otherwise than formats says."""
+    root = torch.Tensor.sqrt  # MKL's, on some processors, is off by the last bit
+    monkeypatch.setattr(torch.Tensor, "sqrt", lambda t: root(t.double()).to(t.dtype))
     generator = torch.Generator().manual_seed(1)
     draw = lambda most: torch.randint(-most, most + 1, (M, d), generator=generator).float()  # noqa: E731
     w, m, v = draw(1000), draw(64) * torch.rand(M, d, generator=generator).lt(0.9), draw(90) ** 2

@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+PEERS := .venv-peers
 NATIVE := $(wildcard csrc/*.h csrc/*.cuh csrc/*.cu csrc/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format bench bench-gpu clean
+.PHONY: help demo test test-all check format bench bench-peers bench-gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,8 +34,20 @@ format: $(INSTALLED_DEV) ## rewrite the sources in the house format
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(NATIVE)
 
-bench: $(INSTALLED) ## run the quick benchmarks
+bench: $(INSTALLED) ## run the quick benchmarks, in under 5 minutes; writes runs/bench
 	$(BIN)/python -m fastsae.benchmarks
+
+# The libraries' hundred packages get an environment of their own. Some ask for torchvision, which none of what is
+# measured uses, and whose build must be of torch's kind: where it isn't, importing transformers would fail.
+bench-peers: $(PEERS)/.installed ## measure a training step of ours and of other libraries, in under 20 minutes
+	$(PEERS)/bin/python -m fastsae.benchmarks --suite peers
+
+$(PEERS)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(subst $(BIN),$(PEERS)/bin,$(PIP)) torch
+	$(subst $(BIN),$(PEERS)/bin,$(PIP)) --editable '.[demo,peers,test]'
+	$(PEERS)/bin/python -c 'import torchvision' 2>/dev/null || $(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision
+	@touch $@
 
 # Without .venv: the Python given, with what it has. It takes torch, triton, numpy, pytest and, from this folder,
 # `pip install --no-deps --no-build-isolation -e .`, which needs no network.
@@ -42,7 +55,7 @@ bench-gpu: ## measure on a CUDA GPU in under ten minutes: .venv, or make bench-g
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m fastsae.benchmarks --suite gpu
 
 clean: ## remove the environment and everything built; results in runs/ stay
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks fastsae/_cuda*.so
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks fastsae/_cuda*.so
 	find fastsae kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from fastsae import SAE, SAEConfig, TopK
-from fastsae.benchmarks.measure import Shape
+from fastsae.benchmarks.cases import Shape
+from fastsae.benchmarks.trainers import build, check
 from fastsae.formats import new_state
 from fastsae.ops import implementation
 from fastsae.optim import RowAdam
 from fastsae.training import train_step
 
-__all__ = ["check_code", "check_operator", "check_step"]
+__all__ = ["check_code", "check_operator", "check_step", "check_trainer"]
 
 TOKENS, LATENTS = 8, 256
 """Tokens whose codes are checked; the size of the problem that the other operators are checked on, at full
@@ -91,6 +92,15 @@ def check_step(
         _require(*losses, 32 * eps * losses[1].abs().max())
 
     return check
+
+
+def check_trainer(name: str, s: Shape, device: str) -> None:
+    """A check of a contestant of :mod:`fastsae.benchmarks.trainers`, at width D on few latents."""
+    few = Shape(8 * TOKENS, s.D, LATENTS, min(s.k, 16))
+    torch.manual_seed(0)
+    x = torch.randn(few.N, 16) @ torch.randn(16, s.D)
+    with torch.enable_grad():
+        check(build(name, few, device, steps=100), few, x.to(device))
 
 
 def _arguments(op: str, d: int, k: int, dtype: torch.dtype, device: str, weights: str, states: str) -> tuple:

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,25 +21,15 @@ Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
 
 __all__ = [
-    "Shape",
     "alone",
     "describe_machine",
     "device_peak_mib",
     "interleaved",
-    "peak_mib",
+    "process_memory",
     "quantiles",
     "resident_peak_mib",
     "stopwatch",
 ]
-
-
-class Shape(NamedTuple):
-    """Tokens, input width, latents, active latents per token."""
-
-    N: int
-    D: int
-    M: int
-    k: int
 
 
 FLUSH_BYTES = 2**28
@@ -91,7 +81,7 @@ def quantiles(ms: list[float]) -> dict[str, float]:
 
 
 def device_peak_mib(call: Callable[[], Any], device: str) -> float | None:
-    """MiB by which a GPU's allocated memory rises at most during one call; None on a CPU (see peak_mib)."""
+    """MiB by which a GPU's allocated memory rises at most during one call; None on a CPU."""
     if device != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats()
@@ -101,13 +91,13 @@ def device_peak_mib(call: Callable[[], Any], device: str) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def peak_mib(prepare: Callable[[], Callable[[], Any]], repeats: int = 3) -> float:
-    """MiB by which resident memory rises at most, over what it was before, during the calls ``prepare()``
-    returns.
+def process_memory(prepare: Callable[[], Callable[[], Any]], repeats: int = 3) -> dict[str, float]:
+    """What the calls that ``prepare()`` returns take in a process of their own, in MiB of resident memory:
+    ``peak_mib``, by which it rises at most over what it was before, and ``process_mib``, the whole process at
+    its peak, imports included.
 
-    Runs in a fresh process, on Linux with glibc. One call goes before: what it allocates for good (optimizer
-    states) isn't counted; what it freed is given back to the system first, so that the calls' own workspace
-    is.
+    On Linux with glibc. One call goes before: what it allocates for good (optimizer states) isn't in the
+    first; what it freed is given back to the system, so that the calls' own workspace is.
     """
     return alone(partial(_peak, prepare, repeats))
 
@@ -139,15 +129,17 @@ def resident_peak_mib() -> float:
     return _status("VmHWM") / 1024
 
 
-def _peak(prepare: Callable[[], Callable[[], Any]], repeats: int) -> float:
+def _peak(prepare: Callable[[], Callable[[], Any]], repeats: int) -> dict[str, float]:
     call = prepare()
     call()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
+    first = resident_peak_mib()
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = _status("VmRSS") / 1024
     for _ in range(repeats):
         call()
-    return (_status("VmHWM") - before) / 1024
+    then = resident_peak_mib()
+    return {"peak_mib": then - before, "process_mib": max(first, then)}
 
 
 def _status(field: str) -> int:

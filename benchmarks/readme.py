@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from fastsae.benchmarks.results import newest
 from fastsae.checks import reject
+from fastsae.ops import BACKENDS
 
 __all__ = ["figures", "refresh"]
 
@@ -15,10 +18,12 @@ BEGIN = "<!-- figures: written by `python -m fastsae.benchmarks table` -->"
 END = "<!-- end of figures -->"
 
 CPU_ROWS = {
-    ("gemm", "addmm"): "encoder GEMM alone, `torch.addmm` into a preallocated [N, M]",
+    ("gemm", "mm"): "encoder GEMM alone, `torch.mm` into a preallocated [N, M]",
     ("gemm", "torch"): "the same scores in our blocks, none kept (oneDNN's GEMM where it is the faster)",
     ("encode", "torch"): "encode with exact top-k",
+    ("encode", "mm + topk"): "encode by `torch.addmm` and `torch.topk`",
     ("step", "torch"): "whole training step",
+    ("step", "dense"): "whole training step, dense torch with Adam",
 }
 GPU_ROWS = {
     ("gemm", "cublas"): "encoder GEMM alone (cuBLAS)",
@@ -59,29 +64,104 @@ def refresh(
 
 
 def figures(results: Path) -> str:
-    """The newest CPU result and the newest GPU result, as markdown."""
-    files = sorted(results.glob("*.json"))
-    cpu = [path for path in files if path.stem.endswith("-cpu")]
-    gpu = [path for path in files if path not in cpu]
-    return "\n".join([_cpu(cpu[-1]), _gpu(gpu[-1]) if gpu else _NO_GPU, ""])
+    """The newest result of each kind, as markdown."""
+    parts = [_cpu(newest("quick", False, results)), _peers(newest("peers", False, results)),
+             _quality(newest("quality", False, results)), _gpu(newest("gpu", True, results))]  # fmt: skip
+    return "\n".join([*filter(None, parts), ""])
 
 
 _NO_GPU = """GPUs: not yet measured on a GPU. `make bench-gpu` measures one in under ten minutes.
 """
 
 
-def _cpu(path: Path) -> str:
+def _cpu(path: Path | None) -> str:
+    if path is None:
+        return ""
     result = json.loads(path.read_text())
-    machine, rows = result["machine"], [row for row in result["rows"] if "held_mib" not in row]
-    sizes = rows[0]
+    rows = [row for row in result["rows"] if "held_mib" not in row]
+    sizes = next(row for row in rows if row["op"] == "encode")
     head = (
-        f"Measured on {machine['threads']} threads of an {machine['cpu']}, fp32, N = {sizes['N']} tokens, "
+        f"Measured on {_machine(result)}, fp32, N = {sizes['N']} tokens, "
         f"D = {sizes['D']}, k = {sizes['k']}, medians\nof interleaved rounds ({_link(path)}, `make bench`):"
     )
     columns = {f"M = {m:,}": [row for row in rows if row["M"] == m] for m in _distinct(rows, "M")}
     lines = {label: [_ms(_find(of, *key)) for of in columns.values()] for key, label in CPU_ROWS.items()}
     lines[MEMORY] = [_mib(_find(of, "step", "torch")) for of in columns.values()]
     return f"{head}\n\n{_table(list(columns), lines)}{_wide(result['rows'])}"
+
+
+def _peers(path: Path | None) -> str:
+    """Time and memory of a step of every library."""
+    if path is None:
+        return ""
+    result = json.loads(path.read_text())
+    rows = [row for row in result["rows"] if row["op"] == "step"]
+    sizes, floors = rows[0], [row for row in result["rows"] if row["op"] == "gemm"]
+    head = (
+        f"A whole training step of each library, as it recommends, N = {sizes['N']}, D = {sizes['D']}, "
+        f"k = {sizes['k']}, fp32, on\n{_machine(result)}; in brackets the peak of its process, imports "
+        f"included\n({_link(path)}, `make bench-peers`):"
+    )
+    columns = {f"M = {m:,}": [row for row in rows if row["M"] == m] for m in sorted(_distinct(rows, "M"))}
+    lines = {"encoder GEMM alone": [_ms(_find([f for f in floors if f["M"] == of[0]["M"]], "gemm", "mm"))
+                                    for of in columns.values()]}  # fmt: skip
+    for key in dict.fromkeys((row["backend"], row["format"]) for row in rows):
+        found = [
+            next((r for r in of if (r["backend"], r["format"]) == key), _NOTHING) for of in columns.values()
+        ]
+        lines[_label(*key, found[0]["note"])] = [_step(row) for row in found]
+    return f"{head}\n\n{_table(list(columns), lines)}"
+
+
+def _label(backend: str, form: str, note: str) -> str:
+    """A contestant's name with its version, which a note begins with; of ours, with its formats."""
+    if backend in BACKENDS:
+        return "fastsae" + (f", {form}" if form != "float32/float32" else "")
+    known = re.match(r"[\w-]+ (\d[\d.]*\d)", note)
+    return f"{backend} {known[1]}" if known else backend
+
+
+def _step(row: dict[str, Any]) -> str:
+    if row["p50_ms"] is None:
+        return "–"
+    memory = row.get("process_mib")
+    return _ms(row) + (f" ({memory:,.0f} MiB)" if memory else "")
+
+
+def _quality(path: Path | None) -> str:
+    """FVU, silent share and time of every library on the demo's activations."""
+    if path is None:
+        return ""
+    result = json.loads(path.read_text())
+    rows = [row for row in result["rows"] if row.get("fvu") is not None]
+    final = [row for row in rows if row["at"] == "equal tokens"]
+    s = final[0]
+    head = (
+        f"What it learns in that time: the demo's activations, M = {s['M']:,}, k = {s['k']}, "
+        f"{s['tokens']:,} tokens in batches of {s['N']:,},\neach at its own learning rate ({_link(path)}, "
+        "`fastsae bench --suite quality`):"
+    )
+    columns = ["lr", "seconds", "FVU", "silent", f"FVU after {_fastest(final):.0f} s"]
+    lines = {}
+    for row in final:
+        then = next((r for r in rows if r["backend"] == row["backend"] and r["at"] == "equal seconds"), None)
+        lines[row["backend"]] = [
+            "default" if row["lr"] is None else f"{row['lr']:g}",
+            f"{row['seconds']:.0f}",
+            f"{row['fvu']:.3f}",
+            f"{100 * row['dead_share']:.1f} %",
+            f"{then['fvu']:.3f}" if then else "–",
+        ]
+    return f"{head}\n\n{_table(columns, lines)}"
+
+
+def _fastest(rows: list[dict[str, Any]]) -> float:
+    return min(row["seconds"] for row in rows)
+
+
+def _machine(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    return f"{machine['threads']} threads of an {machine['cpu']}"
 
 
 def _wide(rows: list[dict[str, Any]]) -> str:
@@ -99,12 +179,14 @@ def _wide(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        sizes = " | ".join(f"{row[name]:,.0f} MiB" for name in ("held_mib", "peak_mib", "planned_mib"))
+        sizes = " | ".join(f"{row[name]:,.0f} MiB" for name in ("held_mib", "process_mib", "planned_mib"))
         table.append(f"| {row['format']} | {sizes} | {_ms(row)} |")
     return "\n".join(["", head, "", *table, ""])
 
 
-def _gpu(path: Path) -> str:
+def _gpu(path: Path | None) -> str:
+    if path is None:
+        return _NO_GPU
     result = json.loads(path.read_text())
     rows = [row for row in result["rows"] if row["dtype"] == "bfloat16"]
     shapes = list(dict.fromkeys((row["M"], row["D"]) for row in rows))
@@ -125,7 +207,10 @@ def _gpu(path: Path) -> str:
 
 def _find(rows: list[dict[str, Any]], op: str, backend: str) -> dict[str, Any]:
     found = (row for row in rows if (row["op"], row["backend"]) == (op, backend))
-    return next(found, {"p50_ms": None, "peak_mib": None, "ratio_to_gemm": None})
+    return next(found, _NOTHING)
+
+
+_NOTHING = {"p50_ms": None, "peak_mib": None, "ratio_to_gemm": None, "note": ""}
 
 
 def _distinct(rows: list[dict[str, Any]], key: str) -> list[Any]:

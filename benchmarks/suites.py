@@ -1,76 +1,124 @@
-"""The CPU suite, as rows of the benchmark schema."""
+"""The suites: what each measures, on which device, and how long it may take."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastsae import SAE, SAEConfig, TopK
-from fastsae.backends import torch as portable
-from fastsae.benchmarks.measure import alone, interleaved, peak_mib, quantiles, resident_peak_mib
+from fastsae.benchmarks import contests
+from fastsae.benchmarks.cases import Shape, model_shape
+from fastsae.benchmarks.engine import Case, Limits, empty_row, run_plan
+from fastsae.benchmarks.growth import growth_rows, growth_shapes
+from fastsae.benchmarks.measure import alone, quantiles, resident_peak_mib
+from fastsae.checks import reject
 from fastsae.optim import RowAdam
 from fastsae.training import train_step
 from fastsae.training.plan import FORMATS, plan_run
 
-__all__ = ["SUITES", "run_suite"]
+__all__ = ["SUITES", "Suite", "gpu_tests_fail", "run_suite"]
 
-CPU_SHAPES = [{"N": 1024, "D": 384, "M": 16_384, "k": 32}, {"N": 1024, "D": 384, "M": 65_536, "k": 32}]
-SUITES = {"quick": (CPU_SHAPES, 9)}
-WIDE = {"N": 512, "D": 64, "M": 2**20, "k": 32}
+FP32, BF16 = torch.float32, torch.bfloat16
+SMALL, LARGE = (model_shape("MiniLM", m, k=32, N=1024) for m in (16_384, 65_536))
+"""The README's sizes on a CPU; the first is the demo's."""
+
+QUICK: list[Case] = [
+    (contests.ceilings, SMALL, FP32),
+    *((case, shape, FP32) for shape in (SMALL, LARGE) for case in (contests.encode, contests.step)),
+]
+CPU: list[Case] = [
+    (contests.ceilings, SMALL, FP32),
+    *((contests.encode, shape, FP32) for shape in (SMALL, LARGE)),
+    *((contests.step, shape, FP32) for shape in (*growth_shapes(SMALL), LARGE._replace(M=262_144))),
+    *((case, SMALL, FP32) for case in (contests.decode, contests.backward, contests.parts)),
+    *(
+        (case, model_shape(model, m, k, 512), FP32)
+        for model, m, k in (("GPT-2", 24_576, 32), ("Gemma-2-2B", 16_384, 64), ("Llama-3-8B", 16_384, 128))
+        for case in (contests.encode, contests.step)
+    ),
+]
+PEERS: list[Case] = [
+    (contests.ceilings, SMALL, FP32),
+    *((contests.peers, SMALL._replace(M=m), FP32) for m in (65_536, 16_384, 4096, 1024)),
+]
+
+BIG, NARROW = (model_shape(model, 131_072, 64, 8192) for model in ("Llama-3-8B", "GPT-2"))
+HUGE, TINY = BIG._replace(M=1_048_576), NARROW._replace(M=16_384)
+VAST = [Shape(8192, 768, 2**24, 64), Shape(8192, 704, 2**25, 64)]
+"""16 and 32 M latents: the widest multiples of 64, up to 768, that 139 GiB hold."""
+GPU: list[Case] = [
+    (contests.ceilings, BIG, BF16),
+    *((case, BIG, BF16) for case in (contests.encode, contests.step, contests.backward)),
+    *((case, BIG, BF16) for case in (contests.narrow_step, contests.narrow_backward, contests.decode)),
+    *((contests.vast_step, shape, BF16) for shape in VAST),
+    *((contests.encode, shape, BF16) for shape in (NARROW, HUGE)),
+    *((contests.step, shape, BF16) for shape in (HUGE, NARROW)),
+    (contests.narrow_step, HUGE, BF16),
+    (contests.chunks, BIG, BF16),
+    (contests.parts, BIG, BF16),
+    *((case, BIG, FP32) for case in (contests.encode, contests.step, contests.backward)),
+    *((case, HUGE, BF16) for case in (contests.backward, contests.decode)),
+    *((case, NARROW, BF16) for case in (contests.backward, contests.decode, contests.chunks)),
+    *((case, TINY, BF16) for case in (contests.encode, contests.step, contests.backward, contests.decode)),
+    *((contests.step, shape, FP32) for shape in (NARROW, HUGE)),
+    *((contests.step, shape, BF16) for shape in growth_shapes(NARROW)),
+]
+"""In order of importance."""
+
+WIDE = Shape(N=512, D=64, M=2**20, k=32)
 """A million latents: memory by format."""
 WIDE_STEPS = 5
 
 
-def run_suite(name: str, say: Callable[[dict], None]) -> list[dict[str, Any]]:
-    """All rows of the suite, each also handed to ``say``."""
-    shapes, repeats = SUITES[name]
-    rows = []
-    for shape in shapes:
-        for row in _rows(shape, repeats):
-            rows.append(row)
-            say(row)
-    for formats in FORMATS:
-        rows.append(_wide_row(WIDE, *formats))
-        say(rows[-1])
-    return rows
+def _growth(base: Shape, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    yield from growth_rows(rows, base)
 
 
-def _wide_row(shape: dict[str, int], weight_format: str, state_dtype: str) -> dict[str, Any]:
-    """Time and peak memory of the first steps, imports included, beside what the plan says.
+def _quality(_: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    from fastsae.benchmarks.quality import quality_rows  # activations and what reads them
 
-    Raises AssertionError where the loss doesn't fall.
+    yield from quality_rows()
+
+
+def _wide_rows(_: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Time and peak memory of the first steps, imports included, beside what the plan says, by format.
+
+    Where the loss doesn't fall there are no figures.
     """
-    result = alone(partial(_wide_steps, shape, weight_format, state_dtype))
-    if not result["losses"][-1] < result["losses"][0]:
-        raise AssertionError(f"losses {result['losses']} of {weight_format}/{state_dtype}: no figures")
-    d, m, n = (shape[name] for name in "DMN")
-    times = quantiles(sorted(result["ms"]))
-    return (
-        {"op": "step", "backend": "torch", **shape, "dtype": "float32"}
-        | {"format": f"{weight_format}/{state_dtype}", **times}
-        | {"peak_mib": result["peak_mib"], "held_mib": result["held_mib"]}
-        | {"planned_mib": result["planned_mib"]}
-        | {"tflops": 2 * n * m * d / times["p50_ms"] / 1e9, "tb_s": None, "ratio_to_gemm": None}
-        | {"note": f"the first {WIDE_STEPS} steps of a process; its whole peak"}
-    )
+    for formats in FORMATS:
+        entry = contests.Entry("step", "torch", lambda: None, format="/".join(formats))
+        row = empty_row(entry, WIDE, FP32)
+        result = alone(partial(_wide_steps, WIDE, *formats))
+        losses = result.pop("losses")
+        if losses[-1] < losses[0]:
+            times = quantiles(sorted(result.pop("ms")))
+            row |= times | result | {"tokens_s": 1e3 * WIDE.N / times["p50_ms"]}
+            row["note"] = f"the first {WIDE_STEPS} steps of a process"
+        else:
+            row |= {"note": f"failed: the loss goes from {losses[0]:.4g} to {losses[-1]:.4g}", "failed": True}
+        yield row
 
 
-def _wide_steps(shape: dict[str, int], weight_format: str, state_dtype: str) -> dict[str, Any]:
+def _wide_steps(shape: Shape, weight_format: str, state_dtype: str) -> dict[str, Any]:
     # before anything is allocated: a plan counts what its process has
     planned = plan_run(
-        *(shape[name] for name in "DMkN"), weight_format=weight_format, state_dtype=state_dtype
+        shape.D, shape.M, shape.k, shape.N, weight_format=weight_format, state_dtype=state_dtype
     )
     torch.manual_seed(0)
-    sae = SAE(SAEConfig(shape["D"], shape["M"], TopK(shape["k"])), weight_format=weight_format)
+    sae = SAE(SAEConfig(shape.D, shape.M, TopK(shape.k)), weight_format=weight_format)
     opt = RowAdam(sae, lr=1e-3, state_dtype=state_dtype)
-    mixing = torch.randn(16, shape["D"])
+    mixing = torch.randn(16, shape.D)
     ms, losses = [], []
     for _ in range(WIDE_STEPS):
-        x = torch.randn(shape["N"], 16) @ mixing
+        x = torch.randn(shape.N, 16) @ mixing
         start = time.perf_counter()
         losses.append(train_step(sae, opt, x)["loss"].item())
         ms.append(1e3 * (time.perf_counter() - start))
@@ -78,65 +126,80 @@ def _wide_steps(shape: dict[str, int], weight_format: str, state_dtype: str) -> 
     held = [*sae.state_dict().values(), *(t for state in opt.state.values() for t in state.values())]
     held_mib = sum(t.numel() * t.element_size() for t in held) / 2**20
     planned_mib = planned["total_bytes"] / 2**20
-    return {"ms": ms, "losses": losses, "peak_mib": peak, "held_mib": held_mib, "planned_mib": planned_mib}
+    return {"ms": ms, "losses": losses, "process_mib": peak} | {
+        "held_mib": held_mib,
+        "planned_mib": planned_mib,
+    }
 
 
-@torch.no_grad()
-def _rows(shape: dict[str, int], repeats: int) -> list[dict[str, Any]]:
-    n, m, d = (shape[name] for name in "NMD")
-    sae, x, step = _prepare(shape)
-    _check(sae, x)
-    out = torch.empty(n, m)
-    times = interleaved(
-        {
-            ("gemm", "addmm"): partial(torch.addmm, sae.b_enc, x, sae.W_enc.T, out=out),
-            ("gemm", "torch"): partial(portable.score_all, x, sae.W_enc, sae.b_enc),
-            ("encode", "torch"): partial(sae.encode_sparse, x),
-            ("step", "torch"): step,
-        },
-        repeats,
-    )
-    del out
-    rows = []
-    for (op, backend), ms in times.items():
-        p50 = quantiles(ms)["p50_ms"]
-        peak = peak_mib(partial(_step_alone, shape)) if op == "step" else None
-        note = (
-            "the scores alone, in the blocks that encode uses" if (op, backend) == ("gemm", "torch") else ""
+@dataclass(frozen=True)
+class Suite:
+    """about: one line. device: "cpu", "cuda" or None, which is a GPU where there is one. plan, limits: see
+    :mod:`fastsae.benchmarks.engine`. more: what makes further rows from those before them. seconds: after
+    which no case begins."""
+
+    about: str
+    device: str | None
+    plan: list[Case]
+    limits: Limits
+    more: tuple[Callable[[list[dict[str, Any]]], Iterator[dict[str, Any]]], ...] = ()
+    seconds: float = 540
+
+
+ON_CPU = Limits(repeats=range(5, 12), case_seconds=20, slow_seconds=40)
+SUITES = {
+    "quick": Suite(
+        "the README's sizes on a CPU, in under 5 minutes",
+        *("cpu", QUICK, Limits(range(7, 16), 8, 40), (_wide_rows,)),
+    ),
+    "cpu": Suite(
+        "every operator on a CPU, more models, and how a step grows",
+        *("cpu", CPU, ON_CPU, (_wide_rows, partial(_growth, SMALL)), 3600),
+    ),
+    "gpu": Suite(
+        "every operator and the step on an NVIDIA GPU, after the tests, in under 10 minutes",
+        *("cuda", GPU, Limits(), (partial(_growth, NARROW),)),
+    ),
+    "peers": Suite(
+        "a training step of each library that is installed (pip install 'fastsae[peers]')",
+        *(None, PEERS, ON_CPU, (), 1200),
+    ),
+    "quality": Suite(
+        "FVU and silent latents of each, at equal tokens and equal seconds, on real activations",
+        *(None, [], ON_CPU, (_quality,)),
+    ),
+}
+
+
+def run_suite(name: str, seconds: float | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a suite as they are measured; ``seconds`` in place of its own.
+
+    Raises ValueError where the suite needs a GPU and there is none.
+    """
+    suite = SUITES[name]
+    device = suite.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        reject(
+            "suite", f"{name!r} on a machine without a CUDA device", "an NVIDIA GPU (or 'quick', on a CPU)"
         )
-        rows.append(
-            {"op": op, "backend": backend, **shape, "dtype": "float32", "format": "float32/float32"}
-            | quantiles(ms)
-            | {"peak_mib": peak}
-            | {"tflops": 2 * n * m * d / p50 / 1e9, "tb_s": None}
-            | {"ratio_to_gemm": p50 / quantiles(times["gemm", "addmm"])["p50_ms"], "note": note}
-        )
-    return rows
+    return _rows(suite, device, time.monotonic() + (seconds or suite.seconds))
 
 
-def _prepare(shape: dict[str, int]):
-    torch.manual_seed(0)
-    sae = SAE(SAEConfig(shape["D"], shape["M"], TopK(shape["k"])))
-    opt = RowAdam(sae, lr=1e-4)
-    batches = [torch.randn(shape["N"], shape["D"]) for _ in range(4)]
-    turn = iter(range(10**9))
-
-    def step() -> None:
-        train_step(sae, opt, batches[next(turn) % len(batches)])
-
-    return sae, batches[0], step
+def _rows(suite: Suite, device: str, deadline: float) -> Iterator[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for row in run_plan(suite.plan, device, deadline, suite.limits):
+        rows.append(row)
+        yield row
+    for more in suite.more:
+        yield from more(rows)
 
 
-def _step_alone(shape: dict[str, int]) -> Callable[[], None]:
-    return _prepare(shape)[2]
-
-
-def _check(sae: SAE, x: torch.Tensor) -> None:
-    """No figure on a wrong result: a few tokens' codes against the fp64 oracle, by value."""
-    few = x[:8]
-    with torch.no_grad():
-        got = sae.encode_sparse(few).topk()[0].double()
-        pre = (few.double() - sae.b_dec.double()) @ sae.W_enc.double().T + sae.b_enc.double()
-    want = pre.topk(sae.config.activation.k).values.relu()
-    if not torch.allclose(got, want, rtol=1e-4, atol=1e-5):
-        raise AssertionError(f"encode is off by {(got - want).abs().max():g}: no figures")
+def gpu_tests_fail() -> bool:
+    """Run the tests that need a GPU, of the files that hold some; others may need packages not here."""
+    tests = Path(__file__).resolve().parents[1] / "tests"
+    files = [path for path in sorted(tests.glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    if not files:
+        print(f"no GPU tests in {tests}: run this from a checkout")
+        return True
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *files]
+    return subprocess.run(command, cwd=tests.parent, check=False).returncode != 0

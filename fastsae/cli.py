@@ -240,18 +240,14 @@ def doctor(json_path: Json = None) -> None:
     _show("doctor", diagnose(), json_path)
 
 
-@app.command()
-def bench(
-    suite: Annotated[str, typer.Option(help="quick (CPU) or gpu.")] = "quick",
-    json_path: Json = None,
-) -> None:
-    """Measure this machine: the fused step and the encoder beside the bare encoder GEMM.
-
-    Example: fastsae bench --suite quick --json results.json
-    """
+@app.command(
+    add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def bench(ctx: typer.Context) -> None:
+    """Measure this machine: the fused step and its operators beside what others do."""
     from fastsae.benchmarks.__main__ import main as run_benchmarks
 
-    if code := run_benchmarks(["--suite", suite, *(["--json", str(json_path)] if json_path else [])]):
+    if code := run_benchmarks(ctx.args, prog="fastsae bench"):
         raise SystemExit(code)
 
 

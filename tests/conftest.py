@@ -59,6 +59,7 @@ def _prepare(request):
 def small_blocks(monkeypatch):
     """Cut the portable code's blocks so small that the tests' shapes take several, the last one padded."""
     monkeypatch.setattr(portable, "BLOCK_SCORES", 256)
+    monkeypatch.setattr(portable, "FEW_SCORES", 0)
     monkeypatch.setattr(portable, "MAX_TOKENS", 8)
     monkeypatch.setattr(portable, "GROUP", 8)
     monkeypatch.setattr(portable, "BLOCK_ELEMENTS", 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -12,103 +13,130 @@ import pytest
 import torch
 
 from fastsae.benchmarks import __main__ as command
-from fastsae.benchmarks import checks, contests, gpu, readme, suites, tables
-from fastsae.benchmarks.measure import Shape, interleaved, peak_mib
+from fastsae.benchmarks import checks, contests, engine, growth, readme, results, suites, tables, trainers
+from fastsae.benchmarks.cases import MODELS, Shape, encode_work, model_shape, step_work
+from fastsae.benchmarks.measure import interleaved, process_memory
 
 TOY = Shape(N=4, D=16, M=64, k=2)
 KEYS = {
-    "op",
-    "backend",
-    "N",
-    "D",
-    "M",
-    "k",
-    "dtype",
-    "format",
-    "p20_ms",
-    "p50_ms",
-    "p80_ms",
-    "peak_mib",
-    "tflops",
-    "tb_s",
-}
-
-
-@pytest.fixture
-def toy(monkeypatch):
-    monkeypatch.setitem(suites.SUITES, "quick", ([{"N": 32, "D": 16, "M": 128, "k": 4}], 3))
-    monkeypatch.setattr(suites, "WIDE", {"N": 64, "D": 16, "M": 256, "k": 4})
-    monkeypatch.setattr(suites, "FORMATS", [("split32", "int8")])
-
-
-@pytest.mark.slow  # the peak is taken in a process of its own
-def test_rows_follow_the_schema(toy, tmp_path):
-    command.main(["--json", str(tmp_path / "new/rows.json")])
-    result = json.loads((tmp_path / "new/rows.json").read_text())
-    assert {"machine", "commit", "time", "rows"} <= result.keys()
-    assert [row["op"] for row in result["rows"]] == ["gemm", "gemm", "encode", "step", "step"]
-    for row in result["rows"]:
-        assert KEYS | {"ratio_to_gemm", "note"} <= row.keys()
-        assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
-    assert result["rows"][0]["ratio_to_gemm"] == 1
-    wide = result["rows"][-1]
-    assert wide["format"] == "split32/int8"
-    assert 0 < wide["held_mib"] < wide["peak_mib"]
-
-
-def test_no_figure_on_a_wrong_result(toy, monkeypatch):
-    encode = suites.SAE.encode_sparse
-
-    def wrong(self, x):
-        code = encode(self, x)
-        code.values = code.values * 1.01
-        return code
-
-    monkeypatch.setattr(suites.SAE, "encode_sparse", wrong)
-    with pytest.raises(AssertionError, match="no figures"):
-        suites.run_suite("quick", lambda row: None)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_suite_needs_a_gpu(capsys):
-    assert command.main(["--suite", "gpu"]) == 2
-    assert capsys.readouterr().err.startswith("error: suite: got 'gpu' on a machine without a CUDA device")
+    "op", "backend", "model", "N", "D", "M", "k", "dtype", "format", "p20_ms", "p50_ms", "p80_ms", "tokens_s",
+    "forward_ms", "backward_ms", "optimizer_ms", "peak_mib", "process_mib", "tflops", "tb_s", "ceiling_share",
+    "ratio_to_gemm", "note", "failed",
+}  # fmt: skip
+ONCE = engine.Limits(range(1, 2), 0.0)
 
 
 @pytest.fixture
 def small_checks(monkeypatch):
-    """The GPU suite's control flow on a CPU: one timed round, checks on few tokens."""
-    monkeypatch.setattr(gpu, "REPEATS", range(1, 2))
-    monkeypatch.setattr(gpu, "CASE_SECONDS", 0.0)
+    """Checks on few tokens; a short copy; the parts of one step."""
+    monkeypatch.setattr(contests, "phases", partial(trainers.phases, repeats=1))
     monkeypatch.setattr(checks, "TOKENS", 2)
     monkeypatch.setattr(checks, "LATENTS", 32)
+    monkeypatch.setattr(contests, "COPY_BYTES", {"cpu": 2**10})
 
 
-def run_on_cpu(*cases, seconds=1000.0):
-    plan = [(case, TOY, torch.float32) for case in cases]
-    return list(gpu.run_plan(plan, "cpu", time.monotonic() + seconds))
+def run_on_cpu(*cases, seconds=1000.0, limits=ONCE, shape=TOY):
+    plan = [(case, shape, torch.float32) for case in cases]
+    return list(engine.run_plan(plan, "cpu", time.monotonic() + seconds, limits))
 
 
-ALL_CASES = dict.fromkeys(case for case, _, _ in gpu.PLAN)
+# Shapes and their work
+
+
+def test_shapes_are_named_by_models():
+    assert model_shape("GPT-2", 24_576, k=32, N=8) == Shape(8, 768, 24_576, 32)
+    assert [Shape(1, width, 1, 1).model for width in (384, 768, 2304, 4096, 100)] == [*MODELS, ""]
+
+
+def test_work_by_hand():
+    s = Shape(N=2, D=3, M=5, k=1)
+    assert encode_work(s, 2) == (2 * 2 * 5 * 3, (5 + 2) * 3 * 2)
+    flops, moved = step_work(s, 4)
+    assert flops == 60 + 8 * 2 * 3
+    # one latent of five fires on each of two tokens: 1.8 rows of two matrices, there and back, with moments
+    assert moved == pytest.approx(7 * 3 * 4 + 2 * 2 * 1.8 * 3 * 12)
+
+
+# A case: checked, then timed
+
+
+@pytest.fixture
+def no_processes(monkeypatch):
+    monkeypatch.setattr(engine, "process_memory", lambda prepare: {"peak_mib": 1.0, "process_mib": 2.0})
+
+
+PLANNED = dict.fromkeys(case for suite in suites.SUITES.values() for case, _, _ in suite.plan)
+ALL_CASES = [case for case in PLANNED if case is not contests.compiled_step]  # half a minute
 
 
 @pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.__name__)
-def test_every_gpu_case_runs_and_is_right(small_checks, one_thread, case):
+def test_every_case_runs_and_is_right(small_checks, one_thread, no_processes, monkeypatch, case):
+    monkeypatch.delitem(contests.TRAINERS, "dense compiled")  # half a minute
     rows = run_on_cpu(case)
     assert rows
     for row in rows:
-        assert KEYS | {"ratio_to_gemm", "note", "failed"} <= row.keys()
+        assert row.keys() >= KEYS
         assert not row["failed"], row
-        assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
-        assert row["tflops"] or row["tb_s"]
+        if not row["note"].startswith("skipped: "):
+            assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+            assert row["tflops"] or row["tb_s"]
 
 
-def test_gpu_rows_refer_to_the_half_precision_gemm(small_checks, one_thread, monkeypatch):
-    monkeypatch.setattr(contests, "implementation", lambda op, backend: contests._gemm_and_topk)
-    gemm, *encodes = run_on_cpu(contests.encode)
-    assert (gemm["op"], gemm["dtype"], gemm["ratio_to_gemm"]) == ("gemm", "bfloat16", 1)
-    assert all(row["ratio_to_gemm"] == row["p50_ms"] / gemm["p50_ms"] for row in encodes)
-    assert {row["backend"] for row in encodes} >= {"triton", "triton fused", "torch", "cublas + topk"}
+def test_a_step_has_its_parts_memory_and_rate(small_checks, one_thread, no_processes):
+    row = next(row for row in run_on_cpu(contests.step) if row["backend"] == "torch")
+    assert row["forward_ms"] > 0
+    assert row["backward_ms"] > 0
+    assert row["optimizer_ms"] is None  # in the backward
+    assert (row["peak_mib"], row["process_mib"]) == (1, 2)
+    assert row["tokens_s"] == pytest.approx(1e3 * TOY.N / row["p50_ms"])
+
+
+def test_rows_refer_to_the_gemm_and_to_the_ceilings(small_checks, one_thread):
+    rows = run_on_cpu(contests.ceilings, contests.encode)
+    copy, square, gemm = (
+        next(row for row in rows if row["op"] == op) for op in ("copy", "square gemm", "gemm")
+    )
+    assert (gemm["backend"], gemm["ratio_to_gemm"]) == ("mm", 1)
+    encodes = [row for row in rows if row["op"] == "encode"]
+    assert {row["backend"] for row in encodes} >= {"torch", "mm + topk"}
+    for row in encodes:
+        assert row["ratio_to_gemm"] == row["p50_ms"] / gemm["p50_ms"]
+        share = max(row["tflops"] / square["tflops"], row["tb_s"] / copy["tb_s"])
+        assert row["ceiling_share"] == pytest.approx(share)
+
+
+def test_no_figure_on_an_encode_that_is_wrong(small_checks, one_thread, monkeypatch):
+    """A deliberately wrong operator: its row says so and nothing else."""
+    right = contests.implementation
+
+    def off(op, backend):
+        run = right(op, backend)
+
+        def wrong(*operands):
+            values, *rest = run(*operands)
+            return values * 1.01, *rest
+
+        return wrong if (op, backend) == ("encode", "torch") else run
+
+    monkeypatch.setattr(contests, "implementation", off)
+    rows = {row["backend"]: row for row in run_on_cpu(contests.encode) if row["op"] == "encode"}
+    assert rows["torch"]["failed"]
+    assert rows["torch"]["note"].startswith("failed: AssertionError: off by")
+    assert all(rows["torch"][name] is None for name in KEYS if name.endswith(("_ms", "_mib", "flops")))
+    assert rows["mm + topk"]["p50_ms"] > 0
+
+
+def test_no_figure_on_a_step_that_is_wrong(small_checks, one_thread, no_processes, monkeypatch):
+    step = checks.train_step
+
+    def wrong(sae, opt, x):
+        metrics = step(sae, opt, x)
+        return metrics | {"loss": metrics["loss"] * (1.01 if sae.dtype == torch.float32 else 1)}
+
+    monkeypatch.setattr(checks, "train_step", wrong)
+    row = next(row for row in run_on_cpu(contests.step) if row["backend"] == "torch")
+    assert row["failed"]
+    assert row["p50_ms"] is None
 
 
 def wrong_case(shape, dtype, device):
@@ -125,9 +153,8 @@ def wrong_case(shape, dtype, device):
     raise ValueError("no operands")
 
 
-def test_no_gpu_figure_on_a_wrong_result(small_checks, monkeypatch):
-    monkeypatch.setattr(gpu, "SLOW_SECONDS", 0.04)
-    right, *others = run_on_cpu(wrong_case)
+def test_no_figure_on_a_wrong_result():
+    right, *others = run_on_cpu(wrong_case, limits=engine.Limits(range(1, 2), 0.0, 0.04))
     assert right["p50_ms"] > 0
     assert all(row["p50_ms"] is None for row in others)
     assert [(row["note"], row["failed"]) for row in others] == [
@@ -138,7 +165,7 @@ def test_no_gpu_figure_on_a_wrong_result(small_checks, monkeypatch):
     ]
 
 
-def test_a_case_that_fails_while_it_is_timed(small_checks):
+def test_a_case_that_fails_while_it_is_timed():
     turns = iter([1, 1])
 
     def case(shape, dtype, device):
@@ -157,30 +184,96 @@ def test_what_the_budget_left_out_is_listed():
     assert (row["op"], row["note"], row["p50_ms"]) == ("encode", "not reached within the budget", None)
 
 
-def test_red_gpu_tests_give_no_figures(monkeypatch, tmp_path, capsys):
+def test_growth_is_the_slope_of_logarithms():
+    base = Shape(N=64, D=8, M=256, k=4)
+    time_of = lambda s: 1e-3 * s.M * s.N**0.5  # noqa: E731
+    rows = [
+        {"op": "step", "backend": "ours", "format": "", "dtype": "float32", "p50_ms": time_of(s)}
+        | s._asdict()
+        for s in growth.growth_shapes(base)
+    ]
+    found = {row["along"]: row for row in growth.growth_rows(rows, base)}
+    want = {"M": 1, "N": 0.5, "D": 0, "k": 0}
+    assert {axis: round(row["exponent"], 9) for axis, row in found.items()} == want
+    assert all(row["stderr"] == pytest.approx(0, abs=1e-9) for row in found.values())
+    rows[0]["p50_ms"] *= 1.3
+    assert all(row["stderr"] > 0.01 for row in growth.growth_rows(rows, base))
+    assert growth.growth_rows(rows[:1], base) == []
+
+
+# The command
+
+
+@pytest.fixture
+def toy_suite(monkeypatch, tmp_path):
+    """The quick suite of one toy case, and where its files go."""
+    toy = suites.Suite("", "cpu", [(wrong_case, TOY, torch.float32)], engine.Limits(range(1, 2), 0.0, 0.04))
+    monkeypatch.setitem(suites.SUITES, "quick", toy)
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    return tmp_path
+
+
+def test_rows_are_written_as_json_csv_and_a_page(toy_suite, capsys):
+    code = command.main(["--out", str(toy_suite / "out"), "--json", str(toy_suite / "new/rows.json")])
+    assert code == 1  # something was wrong
+    result = json.loads((toy_suite / "new/rows.json").read_text())
+    assert result == json.loads((toy_suite / "out/quick.json").read_text())
+    assert {"machine", "commit", "time", "suite", "rows"} <= result.keys()
+    assert len(result["rows"]) == 5
+    assert all(row.keys() >= KEYS for row in result["rows"])
+    with (toy_suite / "out/quick.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["backend"] for line in lines] == [row["backend"] for row in result["rows"]]
+    run = {"commit": result["commit"], "time": result["time"], "torch": torch.__version__, "suite": "quick"}
+    assert all(line.items() >= run.items() for line in lines)
+    assert "wrong" in (toy_suite / "out/quick.html").read_text()
+    assert "skipped: out of memory" in capsys.readouterr().out
+    assert not (toy_suite / "results").exists()
+
+
+def test_recorded_files_are_never_replaced(toy_suite):
+    for _ in range(2):
+        command.main(["--out", str(toy_suite / "out"), "--record"])
+    first, second = sorted((toy_suite / "results").iterdir())
+    assert first.name.endswith("-cpu-quick.json")
+    assert second.name == first.name.replace("-cpu", "b-cpu", 1)
+    assert results.newest("quick", gpu=False, folder=toy_suite / "results") == second
+    assert results.newest("peers", gpu=False, folder=toy_suite / "results") is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_suite_needs_a_gpu(capsys):
+    assert command.main(["--suite", "gpu"]) == 2
+    assert capsys.readouterr().err.startswith("error: suite: got 'gpu' on a machine without a CUDA device")
+
+
+def test_red_gpu_tests_give_no_figures(monkeypatch, toy_suite, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "_run_tests", lambda: 1)
-    assert command.main(["--suite", "gpu", "--json", str(tmp_path / "a.json")]) == 1
+    monkeypatch.setattr(suites, "gpu_tests_fail", lambda: True)
+    assert command.main(["--suite", "gpu", "--out", str(toy_suite / "out")]) == 1
     assert "no figures" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
+    assert not list(toy_suite.iterdir())
 
 
-def test_green_gpu_tests_give_a_file(small_checks, one_thread, monkeypatch, tmp_path, capsys):
-    """The whole command, on the CPU: each row is on disk as soon as it is there."""
+def test_green_gpu_tests_give_a_recorded_file(monkeypatch, toy_suite):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu, "_run_tests", lambda: 0)
-    monkeypatch.setattr(gpu, "PLAN", [(wrong_case, TOY, torch.float32)])
-    plan = gpu.run_plan
-    monkeypatch.setattr(gpu, "run_plan", lambda cases, device, deadline: plan(cases, "cpu", deadline))
-    assert command.main(["--suite", "gpu"]) == 1  # something was wrong
-    (path,) = (tmp_path / "results").iterdir()
-    assert path.name.endswith("-nvidia-h200.json")
-    result = json.loads(path.read_text())
-    assert {"machine", "commit", "time"} <= result.keys()
-    assert len(result["rows"]) == 5
-    assert "skipped: out of memory" in capsys.readouterr().out
+    monkeypatch.setattr(suites, "gpu_tests_fail", lambda: False)
+    monkeypatch.setitem(suites.SUITES, "gpu", suites.SUITES["quick"])
+    command.main(["--suite", "gpu", "--out", str(toy_suite / "out")])
+    (path,) = (toy_suite / "results").iterdir()
+    assert path.name.endswith("-nvidia-h200-gpu.json")
+
+
+@pytest.mark.slow  # each format in a process of its own
+def test_wide_rows(monkeypatch):
+    monkeypatch.setattr(suites, "WIDE", Shape(N=64, D=16, M=256, k=4))
+    monkeypatch.setattr(suites, "FORMATS", [("split32", "int8")])
+    (row,) = suites._wide_rows([])
+    assert row.keys() >= KEYS
+    assert row["format"] == "split32/int8"
+    assert 0 < row["held_mib"] < row["process_mib"]
+    assert row["planned_mib"] > 0
 
 
 BLOCKED = (
@@ -194,13 +287,13 @@ class Block:
         if name.partition(".")[0] in {blocked}:
             raise ImportError(name)
 sys.meta_path.insert(0, Block())
-import fastsae.benchmarks.gpu, fastsae.benchmarks.__main__ as command
+import fastsae.benchmarks.suites, fastsae.benchmarks.__main__ as command
 from fastsae.benchmarks import tables
 tables.show("title", ("a", "b"), [dict(a=1.0, b=None), dict(a="long", b=True)])
 """
 
 
-def test_the_gpu_suite_needs_torch_triton_and_numpy_only():
+def test_suites_need_torch_triton_and_numpy_only():
     code = WITHOUT.format(blocked=BLOCKED)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -225,7 +318,7 @@ def test_readme_takes_figures_from_results(tmp_path):
     results.mkdir()
     cpu = {
         "op": "gemm",
-        "backend": "addmm",
+        "backend": "mm",
         "N": 4,
         "D": 8,
         "M": 1024,
@@ -233,8 +326,9 @@ def test_readme_takes_figures_from_results(tmp_path):
         "p50_ms": 1.25,
         "peak_mib": None,
     }
-    machine = {"threads": 2, "cpu": "Abacus", "gpu": "NVIDIA H200"}
-    (results / "2026-01-01-cpu.json").write_text(json.dumps({"machine": machine, "rows": [cpu]}))
+    machine = {"threads": 2, "cpu": "Abacus", "gpu": None}
+    result = {"machine": machine, "suite": "quick", "rows": [cpu, cpu | {"op": "encode"}]}
+    (results / "2026-01-01-cpu.json").write_text(json.dumps(result))
     assert readme.refresh(True, copy, results) == 1
     assert copy.read_text() == text
     assert readme.refresh(False, copy, results) == 0
@@ -255,7 +349,8 @@ def test_readme_takes_figures_from_results(tmp_path):
             "ratio_to_gemm": 1.13,
         },
     ]
-    (results / "2026-01-02-nvidia-h200.json").write_text(json.dumps({"machine": machine, "rows": gpu_rows}))
+    result = {"machine": machine | {"gpu": "NVIDIA H200"}, "suite": "gpu", "rows": gpu_rows}
+    (results / "2026-01-02-nvidia-h200.json").write_text(json.dumps(result))
     assert readme.refresh(False, copy, results) == 0
     assert "| encode, in chunks | 11.30 ms (1.13) |" in copy.read_text()
     assert "not yet measured" not in copy.read_text()
@@ -269,11 +364,13 @@ def test_times_are_sorted_and_per_contestant():
 
 @pytest.mark.slow
 def test_peak_sees_what_a_call_takes():
-    assert 60 < peak_mib(partial(partial, torch.ones, 64 << 18)) < 80
-    assert peak_mib(partial(partial, torch.ones, 1)) < 10
+    memory = process_memory(partial(partial, torch.ones, 64 << 18))
+    assert 60 < memory["peak_mib"] < 80
+    assert memory["peak_mib"] < memory["process_mib"] - 100
+    assert process_memory(partial(partial, torch.ones, 1))["peak_mib"] < 10
 
 
 @pytest.mark.slow
 def test_a_measurement_that_dies_says_so():
     with pytest.raises(RuntimeError, match="ended with exit code 1"):
-        peak_mib(partial(partial, torch.ones, -1))
+        process_memory(partial(partial, torch.ones, -1))

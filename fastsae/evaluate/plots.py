@@ -1,10 +1,9 @@
-"""The plots of a report, as PNG bytes for a light and a dark page."""
+"""The plots of a run's report, as PNG bytes for a light and a dark page."""
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastsae.evaluate.metrics import Evaluation
+from fastsae.evaluate.page import DASHES, FONT_SIZE, Palette, annotate, draw_twice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["Plot", "draw_plots"]
 
-_DOTS_PER_INCH = 160  # about two for each pixel of a page, for sharp screens
-_FONT_SIZE = 8.5
-_DASHES = (0, (4, 3))
 _BIN = 0.2  # decades
 
 
@@ -32,19 +29,6 @@ class Plot:
     heading: str
     alt: str
     png: tuple[bytes, bytes]
-
-
-@dataclass(frozen=True)
-class _Palette:
-    background: str
-    muted: str
-    line: str
-    accent: str
-    second: str
-
-
-_LIGHT = _Palette("#ffffff", "#686d76", "#e7e7e3", "#2b62d6", "#c2571a")
-_DARK = _Palette("#1b1d22", "#9da2ab", "#30333a", "#86abff", "#f0a35e")
 
 
 def draw_plots(log: Sequence[Mapping[str, Any]], evaluation: Evaluation) -> list[Plot]:
@@ -68,51 +52,24 @@ def draw_plots(log: Sequence[Mapping[str, Any]], evaluation: Evaluation) -> list
             draw = partial(
                 _curve, points=points, axis=axis, evaluated=evaluated, percent=name == "dead_share"
             )
-            plots.append(Plot(name, heading, alt, _both(draw, (5.2, 2.7))))
+            plots.append(Plot(name, heading, alt, draw_twice(draw, (5.2, 2.7))))
     alt = (
         f"Histogram of firing frequencies: {evaluation.n_silent} of {evaluation.n_latents} latents are silent"
     )
-    png = _both(partial(_histogram, evaluation=evaluation), (9.2, 2.9))
+    png = draw_twice(partial(_histogram, evaluation=evaluation), (9.2, 2.9))
     return [*plots, Plot("firing", "How often latents fire", alt, png)]
 
 
-def _both(draw: Callable[[Axes, _Palette], None], size: tuple[float, float]) -> tuple[bytes, bytes]:
-    return _render(draw, size, _LIGHT), _render(draw, size, _DARK)
-
-
-def _render(draw: Callable[[Axes, _Palette], None], size: tuple[float, float], palette: _Palette) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, layout="constrained", facecolor=palette.background)
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(facecolor=palette.background)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(palette.muted)
-    axes.grid(axis="y", color=palette.line, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=palette.muted, labelsize=_FONT_SIZE, length=0, pad=5, which="both")
-    draw(axes, palette)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", facecolor=palette.background, metadata={"Software": None})
-    return out.getvalue()
-
-
-def _note(axes: Axes, text: str, at: tuple[float, float], color: str, **options: Any) -> None:
-    axes.annotate(text, at, textcoords="offset points", color=color, fontsize=_FONT_SIZE, **options)
-
-
 def _curve(
-    axes: Axes, palette: _Palette, *, points: np.ndarray, axis: str, evaluated: float | None, percent: bool
+    axes: Axes, palette: Palette, *, points: np.ndarray, axis: str, evaluated: float | None, percent: bool
 ) -> None:
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator
 
     x, y = points.T
     if evaluated is not None and math.isfinite(evaluated):
-        axes.axhline(evaluated, color=palette.second, linewidth=1.2, linestyle=_DASHES)
+        axes.axhline(evaluated, color=palette.second, linewidth=1.2, linestyle=DASHES)
         where = {"xycoords": axes.get_yaxis_transform(), "xytext": (0, 3), "va": "bottom"}
-        _note(axes, f"evaluated {evaluated:.3g}", (0.01, evaluated), palette.second, **where)
+        annotate(axes, f"evaluated {evaluated:.3g}", (0.01, evaluated), palette.second, **where)
         shown = np.append(y, evaluated)
     else:
         shown = y
@@ -126,11 +83,11 @@ def _curve(
         axes.set_ylim(low, high)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:g} %" if percent else f"{v:g}"))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlabel(axis, color=palette.muted, fontsize=_FONT_SIZE)
+    axes.set_xlabel(axis, color=palette.muted, fontsize=FONT_SIZE)
     axes.margins(x=0.02)
 
 
-def _histogram(axes: Axes, palette: _Palette, *, evaluation: Evaluation) -> None:
+def _histogram(axes: Axes, palette: Palette, *, evaluation: Evaluation) -> None:
     """Latents by log10 of the share of tokens on which they fire; the silent ones as a bar of their own."""
     from matplotlib.ticker import FuncFormatter
 
@@ -143,18 +100,18 @@ def _histogram(axes: Axes, palette: _Palette, *, evaluation: Evaluation) -> None
     silent = low - 2.5 * _BIN
     axes.bar(silent, evaluation.n_silent, width=width, align="edge", color=palette.second)
     at = (silent + width / 2, evaluation.n_silent)
-    _note(
+    annotate(
         axes, f"{evaluation.n_silent:,} silent", at, palette.second, xytext=(0, 3), ha="center", va="bottom"
     )
     if evaluation.l0 > 0:
         mean = math.log10(evaluation.l0 / evaluation.n_latents)
-        axes.axvline(mean, color=palette.muted, linewidth=1, linestyle=_DASHES)
+        axes.axvline(mean, color=palette.muted, linewidth=1, linestyle=DASHES)
         where = {"xycoords": axes.get_xaxis_transform(), "xytext": (4, -2), "va": "top"}
-        _note(axes, "mean", (mean, 1), palette.muted, **where)
+        annotate(axes, "mean", (mean, 1), palette.muted, **where)
     axes.set_xticks(range(math.ceil(low), 1))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * 10.0**v:g} %"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
     axes.set_xlim(silent - 1.5 * _BIN, max(_BIN, edges[-1]))
-    axes.set_xlabel("share of tokens on which a latent fires", color=palette.muted, fontsize=_FONT_SIZE)
-    axes.set_ylabel("latents", color=palette.muted, fontsize=_FONT_SIZE)
+    axes.set_xlabel("share of tokens on which a latent fires", color=palette.muted, fontsize=FONT_SIZE)
+    axes.set_ylabel("latents", color=palette.muted, fontsize=FONT_SIZE)
     axes.margins(y=0.12)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import math
 import os
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from fastsae.checks import check_type, reject
 from fastsae.evaluate.examples import Example, LatentExamples
 from fastsae.evaluate.metrics import Evaluation
+from fastsae.evaluate.page import data_url, number, percent, render_page
 from fastsae.evaluate.plots import draw_plots
 from fastsae.files import write_atomically
 from fastsae.sae import SAE
@@ -58,8 +56,6 @@ def write_report(
     Raises:
         ValueError, TypeError: an evaluation of another number of latents; arguments of another kind.
     """
-    from jinja2 import Environment, StrictUndefined
-
     check_type("sae", sae, SAE, "an SAE")
     check_type("evaluation", evaluation, Evaluation, "what fastsae.evaluate.evaluate returns")
     if evaluation.n_latents != sae.config.n_latents:
@@ -73,16 +69,14 @@ def write_report(
     seconds = facts.pop("seconds", None)
     own = {name: value for name, value in _describe(sae).items() if name not in facts}
     plots = draw_plots(log, evaluation)
-    source = resources.files("fastsae.evaluate").joinpath("report.html.j2").read_text("utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.from_string(source).render(
+    page = render_page(
+        "fastsae.evaluate",
+        "report.html.j2",
         title=title,
         headline=_headline(evaluation, tokens, seconds),
-        facts={name: _number(value) for name, value in (facts | own).items()},
+        facts={name: number(value) for name, value in (facts | own).items()},
         evaluation=evaluation,
-        plots=[(plot, *map(_data_url, plot.png)) for plot in plots],
+        plots=[(plot, *map(data_url, plot.png)) for plot in plots],
         silent=_silent(evaluation),
         latents=None if examples is None else _latents(examples),
     )
@@ -91,7 +85,7 @@ def write_report(
     for plot in plots:
         for png, suffix in zip(plot.png, ("", "-dark"), strict=True):
             write_atomically(folder / "plots" / f"{plot.name}{suffix}.png", png)
-    write_atomically(folder / "report.html", page.encode("utf-8", "replace"))
+    write_atomically(folder / "report.html", page)
     return folder / "report.html"
 
 
@@ -112,17 +106,17 @@ def _headline(
     """Label, number and remark of each tile."""
     e = evaluation
     tiles = [
-        ("FVU", _number(e.fvu), "fraction of variance unexplained"),
-        ("Explained variance", _percent(e.explained_variance), "1 − FVU"),
-        ("L0", _number(e.l0), "latents active per token"),
+        ("FVU", number(e.fvu), "fraction of variance unexplained"),
+        ("Explained variance", percent(e.explained_variance), "1 − FVU"),
+        ("L0", number(e.l0), "latents active per token"),
         (
             "Dead share",
-            _percent(e.dead_share),
+            percent(e.dead_share),
             f"{e.n_silent:,} of {e.n_latents:,} silent on {e.tokens:,} tokens",
         ),
     ]
     if tokens is not None:
-        tiles.append(("Trained on", _number(tokens), "tokens"))
+        tiles.append(("Trained on", number(tokens), "tokens"))
     if seconds is not None:
         size, unit = (1, "s") if seconds < 120 else (60, "min") if seconds < 7200 else (3600, "h")
         remark = f"{tokens / seconds:,.0f} tokens per second" if tokens and seconds > 0 else "of training"
@@ -130,28 +124,10 @@ def _headline(
     return tiles
 
 
-def _number(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_number, value))
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.3g}" if abs(value) < 1000 or not math.isfinite(value) else f"{value:,.0f}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
-
-
 def _silent(evaluation: Evaluation) -> str:
     indices = (evaluation.firing_counts == 0).nonzero().flatten().tolist()
     more = f" and {len(indices) - _SILENT_SHOWN:,} more" if len(indices) > _SILENT_SHOWN else ""
     return ", ".join(map(str, indices[:_SILENT_SHOWN])) + more
-
-
-def _data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def _latents(examples: Sequence[LatentExamples]) -> list[dict[str, Any]]:
@@ -167,8 +143,8 @@ def _latents(examples: Sequence[LatentExamples]) -> list[dict[str, Any]]:
             {
                 "index": latent.latent,
                 "names": names[:4],
-                "share": _percent(latent.share),
-                "mean": _number(latent.mean_activation),
+                "share": percent(latent.share),
+                "mean": number(latent.mean_activation),
                 "lines": lines,
             }
         )
@@ -181,7 +157,7 @@ def _line(example: Example, highest: float, own_spaces: bool) -> dict[str, Any]:
     for i, activation in enumerate(example.activations):
         space, text = _spell(example.tokens, i, own_spaces)
         strength = round(activation / highest, 2) if activation > 0 else 0
-        pieces.append({"space": space, "text": text, "strength": strength, "activation": _number(activation)})
+        pieces.append({"space": space, "text": text, "strength": strength, "activation": number(activation)})
     return {"before": pieces[: example.at], "peak": pieces[example.at], "after": pieces[example.at + 1 :]}
 
 

@@ -1,0 +1,153 @@
+"""Quality at equal tokens and at equal seconds, on the demo's real activations."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsae.benchmarks.cases import Shape
+from fastsae.benchmarks.engine import failure
+from fastsae.benchmarks.trainers import TRAINERS, Trainer, Unavailable, build
+from fastsae.cli import DEMO
+from fastsae.data import Batches, cached_activations, split_rows
+from fastsae.training.run import RunOptions
+
+__all__ = ["LRS", "NAMES", "evaluate", "quality_rows"]
+
+LRS = {
+    "fastsae": 3e-3,
+    "fastsae split32/int8": 3e-3,
+    "dense": 2e-3,
+    "dense compiled": 2e-3,
+    "sparsify adam": 2e-3,
+    "sae_lens": 2e-3,
+    "dictionary_learning": 2e-3,
+    "overcomplete": 2e-3,
+}
+NAMES = tuple(name for name in TRAINERS if name != "dense compiled")
+"""Compiled, the dense step computes the same."""
+"""Learning rates for a run as short as the demo's; a contestant not named here takes its own default."""
+MOMENTS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
+"""Shares of a run after which it is evaluated: dense at the start, for contestants many times slower."""
+CURVE_TOKENS = 4096
+"""Held-out tokens at those moments; at the end all of them."""
+SAMPLE_TOKENS = 16_384
+
+
+class _Data(NamedTuple):
+    """Batches that every contestant sees alike; tokens for its normalisation; tokens held out."""
+
+    batches: Batches
+    sample: Tensor
+    held_out: Tensor
+
+
+def quality_rows(
+    names: Iterable[str] = NAMES, *, latents: int = 4096, k: int = DEMO["k"], tokens: int = DEMO["tokens"],
+    batch_size: int = DEMO["batch_size"], lrs: Mapping[str, float] = LRS, device: str = "cpu",
+    say: Callable[[dict[str, Any]], Any] = lambda row: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Train each contestant on the same batches in the same order; rows at equal tokens, then at equal
+    seconds: what it had reached, as last evaluated, when the fastest had seen all tokens.
+
+    Seconds are those of the steps. Figures at equal seconds are of CURVE_TOKENS held-out tokens, those at
+    equal tokens of all.
+    """
+    data = _data(tokens, batch_size)
+    shape, steps = Shape(batch_size, data.sample.shape[1], latents, k), len(data.batches)
+    rows: list[dict[str, Any]] = []
+    runs: dict[str, list[dict[str, Any]]] = {}
+
+    def add(name: str, at: str, found: dict[str, Any]) -> None:
+        rows.append(_row(name, shape, lrs.get(name), at) | found)
+        say(rows[-1])
+
+    for name in names:
+        try:
+            trainer = build(name, shape, device, steps=steps, lr=lrs.get(name), sample=data.sample)
+            runs[name] = _train(trainer, data, device)
+            curve = [[m["seconds"], m["tokens"], m["fvu"]] for m in runs[name]]
+            last = runs[name][-1] | evaluate(trainer, data.held_out.to(device))
+            add(name, "equal tokens", last | {"curve": curve, "note": trainer.note})
+        except Unavailable as reason:
+            add(name, "equal tokens", {"note": f"skipped: {reason}"})
+        except Exception as error:  # another library may raise anything, and ends its own run alone
+            runs.pop(name, None)
+            add(name, "equal tokens", failure(error))
+        trainer = None
+        gc.collect()
+    budget = min((moments[-1]["seconds"] for moments in runs.values()), default=0.0)
+    for name, moments in runs.items():
+        add(name, "equal seconds", _reached(moments, budget))
+    return rows
+
+
+def _data(tokens: int, batch_size: int) -> _Data:
+    """The demo's activations, split as a run splits them."""
+    options = RunOptions(**DEMO | {"out": "", "tokens": tokens, "batch_size": batch_size})
+    store = cached_activations(
+        DEMO["model"], DEMO["hook"], DEMO["text"], context=options.context,
+        n_tokens=DEMO["tokens"] + options.held_out, progress=False,
+    )  # fmt: skip
+    train, held_out = split_rows(len(store), min(options.held_out, len(store) // 10), options.seed)
+    batches = Batches(store, batch_size, rows=train, seed=options.seed, n_tokens=tokens)
+    return _Data(batches, store[train[:SAMPLE_TOKENS]], store[held_out])
+
+
+def _train(trainer: Trainer, data: _Data, device: str) -> list[dict[str, Any]]:
+    """Train on all batches; the figures at MOMENTS, with the seconds that the steps had taken."""
+    steps, done, seconds, moments = len(data.batches), 0, 0.0, []
+    few, batches = data.held_out[:CURVE_TOKENS].to(device), iter(data.batches)
+    for end in sorted({max(1, round(share * steps)) for share in MOMENTS}):
+        for batch in islice(batches, end - done):
+            x = batch.to(device)
+            start = time.perf_counter()
+            trainer.step(x)
+            seconds += time.perf_counter() - start
+        if device == "cuda":
+            start = time.perf_counter()
+            torch.cuda.synchronize()
+            seconds += time.perf_counter() - start
+        done = end
+        seen = {"seconds": seconds, "tokens": done * data.batches.batch_size}
+        moments.append(seen | evaluate(trainer, few))
+    return moments
+
+
+def evaluate(trainer: Trainer, x: Tensor, batch: int = 1024) -> dict[str, float]:
+    """Quality on raw x [T, D]: FVU about the mean of x, L0, and the share of latents silent on all of x.
+
+    fvu = sum ||x - x_hat||^2 / sum ||x - mean||^2
+    """
+    error = active = 0.0
+    fired: Any = False
+    for part in x.split(batch):
+        error += (trainer.reconstruct(part).double() - part.double()).square().sum().item()
+        on = trainer.encode(part) != 0
+        active, fired = active + on.sum().item(), on.any(0) | fired
+    spread = (x.double() - x.double().mean(0)).square().sum().item()
+    return {"fvu": error / spread, "l0": active / len(x), "dead_share": 1 - fired.double().mean().item()}
+
+
+def _row(name: str, shape: Shape, lr: float | None, at: str) -> dict[str, Any]:
+    figures = ("tokens", "seconds", "fvu", "dead_share", "l0", "curve")
+    return (
+        {"op": "quality", "backend": name, **shape._asdict(), "dtype": "float32", "lr": lr, "at": at}
+        | dict.fromkeys(figures)
+        | {"note": "", "failed": False}
+    )
+
+
+def _reached(moments: list[dict[str, Any]], budget: float) -> dict[str, Any]:
+    """The last moment within ``budget`` seconds."""
+    within = [m for m in moments if m["seconds"] <= budget]
+    if not within:
+        return {"note": f"not yet evaluated after {budget:.1f} s"}
+    early = within[-1]["tokens"] < moments[-1]["tokens"]
+    return within[-1] | {"note": "its learning rate had not decayed by then" if early else ""}

@@ -39,8 +39,8 @@ BLOCK_WEIGHTS = 2**24
 MIN_COLUMNS = 1024
 """Columns in a block, at least: below, threads have too little to share."""
 FEW_SCORES = 2**18
-"""So few are selected by torch.topk: encode then takes 1 / 2.8 of the time for one token and 256 latents, 1 / 1.4
-for 1024 tokens; of a million it would take more (AMD EPYC, one thread, D = 384, k = 32, 2026-11)."""
+"""So few are selected by torch.topk: encode then takes 1 / 2.8 of the time for one token and 256 latents,
+1 / 1.4 for 1024 tokens; of a million it would take more (AMD EPYC, one thread, D = 384, k = 32, 2026-11)."""
 GROUP = 32
 """Columns per group maximum, at most."""
 LONGEST_SUM = 128

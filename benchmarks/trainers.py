@@ -201,8 +201,8 @@ def _sparsify(s: Shape, device: str, run: Run, kind: str = "signum") -> Trainer:
     coder = lib.SparseCoder(s.D, lib.SparseCoderConfig(num_latents=s.M, k=s.k), device, torch.float32)
     schedule, averages = None, kind == "signum"
     if averages:
-        groups = [{"params": coder.parameters(), "lr": run.lr_for(s.M, 5e-3)}]
-        optimizer = free.ScheduleFreeWrapper(signs.SignSGD(groups), momentum=0.95)
+        sgd = signs.SignSGD(coder.parameters(), run.lr_for(s.M, 5e-3))
+        optimizer = free.ScheduleFreeWrapper(sgd, momentum=0.95)
         optimizer.train()
     else:
         optimizer = Adam(coder.parameters(), run.lr_for(s.M))
@@ -274,10 +274,8 @@ def _sae_lens(s: Shape, device: str, run: Run) -> Trainer:
 
 
 def _dictionary_learning(s: Shape, device: str, run: Run) -> Trainer:
-    names = ("trainers.top_k", "training")
-    found, nnsight, top_k, training = _load(
-        "dictionary-learning", "nnsight", *(f"dictionary_learning.{name}" for name in names)
-    )
+    modules = ("nnsight", "dictionary_learning.trainers.top_k", "dictionary_learning.training")
+    found, nnsight, top_k, training = _load("dictionary-learning", *modules)
     nnsight.DEFAULT_PATCHER.__exit__(None, None, None)  # it changes torch and breaks torch.compile for others
     trainer = top_k.TopKTrainer(
         steps=run.steps, activation_dim=s.D, dict_size=s.M, k=s.k, layer=0, lm_name="", lr=run.lr,

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastsae import SAE, AuxK, SAEConfig, TopK
 from fastsae.benchmarks import quality, trainers
@@ -162,14 +163,16 @@ def test_compiled_dense_is_dense():
 
 
 def test_ours_is_the_fused_step_read_up_to_date():
-    trainer = build("fastsae", TOY, steps=20, lr=1e-2, sample=tokens(256))
+    trainer = build("fastsae", TOY, steps=10, lr=1e-2, sample=tokens(256))
     torch.manual_seed(0)
-    auxk = AuxK(1 / 8, dead_after=20 * TOY.N // 28)
+    auxk = AuxK(1 / 8, dead_after=10 * TOY.N // 28)
     sae = SAE(SAEConfig(TOY.D, TOY.M, TopK(TOY.k), losses=(auxk,), normalization="scalar"))
     opt = RowAdam(sae.calibrate_(tokens(256)), lr=1e-2)
-    for seed in range(8):
-        x = tokens(4, seed)  # few tokens: most latents are idle
+    for done in range(10):
+        x = tokens(4, done)  # few tokens: most latents are idle
         trainer.step(x)
+        for group in opt.param_groups:
+            group["lr"] = 1e-2 * Run(10).share(done)
         train_step(sae, opt, x)
     x, stale = tokens(64), sae(tokens(64))
     opt.flush_()
@@ -282,7 +285,10 @@ def test_quality_rows(activations, monkeypatch):
 
     monkeypatch.setitem(trainers.TRAINERS, "broken", fails)
     monkeypatch.setitem(trainers.TRAINERS, "sparsify", unavailable)
-    rows = rows_of(["fastsae", "broken", "sparsify", "dense"], lrs={"fastsae": 1e-2, "dense": 1e-2})
+    monkeypatch.setitem(
+        trainers.TRAINERS, "dense", lambda s, device, run: trainers.dense(s, device, Run(20, 1e-2))
+    )
+    rows = rows_of(["fastsae", "broken", "sparsify", "dense"], lrs={"fastsae": 1e-2})
     ours, broken, missing, dense, *seconds = rows
     assert [row["at"] for row in rows] == ["equal tokens"] * 4 + ["equal seconds"] * 2
     assert [row["backend"] for row in seconds] == ["fastsae", "dense"]
@@ -303,8 +309,8 @@ def test_quality_rows(activations, monkeypatch):
         assert list(spent) == sorted(spent)
         assert row["seconds"] == spent[-1]
         assert 0 < fvu[-1] < 0.5 * fvu[0]
-        assert row["fvu"] == pytest.approx(fvu[-1], rel=0.2)  # on the same held-out tokens here
-        assert "Adam" in row["note"]
+        assert row["fvu"] == pytest.approx(fvu[-1])  # on the same tokens here
+        assert row["note"].endswith("; on 200 held-out tokens")
 
 
 def test_equal_seconds(activations, monkeypatch):
@@ -334,8 +340,9 @@ def test_equal_seconds(activations, monkeypatch):
     slow, fast, crawling = rows[3:]
     assert (slow["tokens"], slow["seconds"]) == (5 * 64, 20)
     assert slow["fvu"] == pytest.approx(2.0**-10 * fast["fvu"] / 2.0**-40, rel=1e-2)
-    assert slow["note"] == "its learning rate had not decayed by then"
-    assert (fast["tokens"], fast["seconds"], fast["note"]) == (1280, 20, "")
+    assert slow["note"].endswith("; its learning rate had not fully decayed by then")
+    assert (fast["tokens"], fast["seconds"]) == (1280, 20)
+    assert fast["note"] == "on at most 4,096 held-out tokens"
     assert (crawling["tokens"], crawling["fvu"]) == (None, None)
     assert crawling["note"] == "not yet evaluated after 20.0 s"
     for x, y, z in zip(*batches.values(), strict=True):
@@ -379,6 +386,8 @@ def test_dictionary_learning_is_its_own_loop(capsys):
     trainSAE([x / norm for x in BATCHES], [config], steps=10, device="cpu")
     with torch.no_grad():
         assert torch.allclose(got, norm * made[0].ae(tokens(32) / norm), atol=1e-4)
+    with FakeTensorMode():  # as torch.compile does, which nnsight's changes to torch would break
+        assert (torch.ones(2) + 1).shape == (2,)
 
 
 @pytest.mark.filterwarnings("default")

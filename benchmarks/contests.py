@@ -24,7 +24,7 @@ from fastsae.backends.triton.encode_fused import encode_topk_fused
 from fastsae.benchmarks.cases import Shape, encode_work, step_work
 from fastsae.benchmarks.checks import check_code, check_operator, check_step, check_trainer
 from fastsae.benchmarks.launches import FUSED_WIDTH
-from fastsae.benchmarks.trainers import TRAINERS, Run, Trainer, build, dense, phases
+from fastsae.benchmarks.trainers import LONG, TRAINERS, Run, Trainer, build, dense, phases, repeated_step
 from fastsae.formats import new_state
 from fastsae.ops import implementation
 from fastsae.optim import RowAdam
@@ -323,21 +323,14 @@ def _steps(
             "step", backend, Turns(batches, run), **step_work(s, sae.W_enc.element_size())._asdict(),
             check=check_step(s, sae.dtype, device, backend, *formats),
             format="" if formats[0] == "float32" else "/".join(formats),
-            alone=partial(_step_alone, s) if backend == "torch" and formats[0] == "float32" else None,
+            alone=partial(repeated_step, "fastsae", s) if formats[0] == "float32" else None,
             phases=partial(phases, Trainer(run, sae.encode, sae), batches[0], device),
         )  # fmt: skip
 
 
-def _step_alone(s: Shape) -> Callable[[], Any]:
-    torch.manual_seed(0)
-    sae = SAE(SAEConfig(s.D, s.M, TopK(s.k)))
-    optimizer = RowAdam(sae, lr=1e-6)
-    return Turns(_batches(s, torch.float32, "cpu"), lambda x: train_step(sae, optimizer, x))
-
-
 def _dense_step(s: Shape, sae: SAE, batches: list[Tensor], compiled: bool = False) -> Entry:
     weights, device, size = list(sae.parameters()), str(batches[0].device), sae.W_enc.element_size()
-    taken = _Later(lambda: dense(s, device, Run(_STEPS, 1e-6), compiled, weights).step, batches)
+    taken = _Later(lambda: dense(s, device, Run(LONG, 1e-6), compiled, weights).step, batches)
     return Entry(
         "step", "dense compiled" if compiled else "dense", taken, **step_work(s, size)._asdict(),
         needs=6 * s.M * s.D * size + 4 * s.N * s.M * size,
@@ -352,25 +345,17 @@ def peers(s: Shape, dtype: torch.dtype, device: str) -> Iterator[Entry]:
         made: list[Trainer] = []
 
         def prepare(name: str = name, made: list = made) -> Callable[[Tensor], Any]:
-            made.append(build(name, s, device, steps=_STEPS, lr=1e-6))
+            made.append(build(name, s, device, steps=LONG, lr=1e-6))
             return made[0].step
 
         ours = name.startswith("fastsae")
         yield Entry(
             "step", resolve("auto", batches[0]) if ours else name, _Later(prepare, batches),
-            **step_work(s, batches[0].element_size())._asdict(), alone=partial(_peer_alone, name, s),
+            **step_work(s, batches[0].element_size())._asdict(), alone=partial(repeated_step, name, s),
             check=lambda _, name=name: check_trainer(name, s, device),
             format=name.removeprefix("fastsae ") if "/" in name else "",
             phases=lambda made=made: phases(made[0], batches[0], device),
         )  # fmt: skip
-
-
-def _peer_alone(name: str, s: Shape) -> Callable[[], Any]:
-    return Turns(_batches(s, torch.float32, "cpu"), build(name, s, steps=_STEPS, lr=1e-6).step)
-
-
-_STEPS = 10_000
-"""The run that a timed step pretends to be of: long enough for nothing to be dead in it."""
 
 
 class Turns:

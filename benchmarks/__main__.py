@@ -13,7 +13,7 @@ from typing import Any
 from fastsae.benchmarks import tables
 from fastsae.checks import FastSAEError
 
-_COLUMNS = ("op", "backend", "model", "N", "D", "M", "k", "format", "p50_ms", "p20_ms", "p80_ms",
+_COLUMNS = ("op", "backend", "model", "N", "D", "M", "k", "format", "p50_ms", "p5_ms", "p95_ms",
             "ratio_to_gemm", "ceiling_share", "peak_mib", "process_mib", "note")  # fmt: skip
 _QUALITY_COLUMNS = ("backend", "M", "k", "lr", "at", "tokens", "seconds", "fvu", "dead_share", "l0", "note")
 _GROWTH_COLUMNS = ("backend", "format", "along", "exponent", "stderr", "note")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,13 @@ from triton.errors import TritonError
 
 from fastsae.benchmarks import contests
 from fastsae.benchmarks.cases import Shape
-from fastsae.benchmarks.measure import device_peak_mib, interleaved, process_memory, quantiles
+from fastsae.benchmarks.measure import (
+    QUANTILES,
+    device_peak_mib,
+    interleaved,
+    process_memory,
+    quantiles,
+)
 from fastsae.benchmarks.trainers import Unavailable
 
 __all__ = ["FAILURES", "Case", "Limits", "empty_row", "failure", "run_plan"]
@@ -37,34 +43,37 @@ FAILURES = (
 
 @dataclass(frozen=True)
 class Limits:
-    """repeats: timed rounds, at least and at most (exclusive); case_seconds: what the rounds of a case may
-    take, where that is more than the fewest; a contestant whose second call takes longer than slow_seconds
-    isn't timed."""
+    """repeats: timed rounds of a pass, at least and at most (exclusive); case_seconds: what the rounds of a
+    case may take, where that is more than the fewest; a contestant whose second call takes longer than
+    slow_seconds isn't timed. passes: over the whole plan, each with operands of its own: on a CPU, where
+    memory happens to lie and the minute make more of a difference than the rounds of a pass show."""
 
     repeats: range = range(5, 21)
     case_seconds: float = 10.0
     slow_seconds: float = 3.0
+    passes: int = 1
 
 
 def run_plan(
-    plan: Iterable[Case], device: str, deadline: float, limits: Limits = Limits()
+    plan: Sequence[Case], device: str, deadline: float, limits: Limits = Limits()
 ) -> Iterator[dict[str, Any]]:
-    """The rows of all cases; after ``deadline`` (of time.monotonic) one row for each case that is left."""
+    """The rows of all cases; after ``deadline`` (of time.monotonic) one row for each case that is left.
+
+    With one pass each case's rows come as soon as they are there, else all at the end.
+    """
     gemm: dict[Shape, float] = {}  # p50 of the encoder's GEMM
     ceiling: dict[tuple[str, str], float] = {}  # what the machine reaches, by kind and dtype
-    for case, shape, dtype in plan:
-        if time.monotonic() > deadline:
-            entry = contests.Entry(case.__name__, "", lambda: None, note="not reached within the budget")
-            yield empty_row(entry, shape, dtype)
-            continue
-        torch.manual_seed(0)
-        for row in _run_case(case, shape, dtype, device, limits):
-            if row["p50_ms"] is not None:
-                _relate(row, shape, gemm, ceiling)
-            yield row
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
+    for group in [plan] if limits.passes > 1 else [[case] for case in plan]:
+        runs = [_CaseRun(*case, device, limits) for case in group]
+        for number in range(limits.passes):
+            for run in runs:
+                if time.monotonic() < deadline:
+                    run.measure(whole=number == 0)
+        for run in runs:
+            for row in run.finish():
+                if row["p50_ms"] is not None:
+                    _relate(row, run.shape, gemm, ceiling)
+                yield row
 
 
 def _relate(row: dict[str, Any], shape: Shape, gemm: dict, ceiling: dict) -> None:
@@ -87,51 +96,84 @@ def _relate(row: dict[str, Any], shape: Shape, gemm: dict, ceiling: dict) -> Non
     row["ceiling_share"] = max(shares, default=None)
 
 
-@torch.no_grad()
-def _run_case(
-    case: Callable, shape: Shape, dtype: torch.dtype, device: str, limits: Limits
-) -> Iterator[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    entries: dict[int, contests.Entry] = {}
-    seconds = 0.0
-    try:
-        for entry in case(shape, dtype, device):
-            row = empty_row(entry, shape, dtype)
-            rows.append(row)
-            try:
-                if took := _admit(entry, row, device, limits):
-                    entries[len(rows) - 1] = entry
-                    seconds += took
-            except Unavailable as reason:
-                row["note"] = f"skipped: {reason}"
-            except FAILURES as error:
-                row |= failure(error)
-    except FAILURES as error:  # the operands themselves
-        rows.append(empty_row(contests.Entry(case.__name__, "", lambda: None), shape, dtype) | failure(error))
-    fewest, most = limits.repeats[0], limits.repeats[-1]
-    repeats = min(max(int(limits.case_seconds / max(seconds, 1e-6)), fewest), most)
-    try:
-        calls = {i: entry.call for i, entry in entries.items()}
-        for i, ms in interleaved(calls, repeats, warmup=1, device=device).items():
-            times, entry = quantiles(ms), entries[i]
-            rows[i] |= times
-            rows[i]["tflops"] = entry.flops / times["p50_ms"] / 1e9 or None
-            rows[i]["tb_s"] = entry.bytes / times["p50_ms"] / 1e9 or None
-            if entry.op == "step":
-                rows[i]["tokens_s"] = 1e3 * shape.N / times["p50_ms"]
-    except FAILURES as error:
-        for i in entries:
-            rows[i] |= failure(error)
-        entries = {}
-    for i, entry in entries.items():
+class _CaseRun:
+    """A case's contestants, with the rows and times of the passes so far."""
+
+    def __init__(self, case: Callable, shape: Shape, dtype: torch.dtype, device: str, limits: Limits) -> None:
+        self.case, self.shape, self.dtype, self.device, self.limits = case, shape, dtype, device, limits
+        self.rows: list[dict[str, Any]] = []
+        self.work: list[tuple[float, float]] = []
+        self.times: dict[int, list[float]] = {}  # by row
+
+    @torch.no_grad()
+    def measure(self, whole: bool) -> None:
+        """One pass; the ``whole`` one makes the rows and also measures parts and memory."""
+        torch.manual_seed(0)
+        entries: dict[int, contests.Entry] = {}
+        seconds = 0.0
         try:
-            if entry.phases:
-                rows[i] |= entry.phases()
-            if entry.alone and device == "cpu":
-                rows[i] |= process_memory(entry.alone)
+            for i, entry in enumerate(self.case(self.shape, self.dtype, self.device)):
+                if whole:
+                    self._add(entry)
+                elif i not in self.times:
+                    continue
+                try:
+                    if took := _admit(entry, self.rows[i], self.device, self.limits):
+                        entries[i] = entry
+                        seconds += took
+                except Unavailable as reason:
+                    self._drop(i, {"note": f"skipped: {reason}"})
+                except FAILURES as error:
+                    self._drop(i, failure(error))
+        except FAILURES as error:  # the operands themselves
+            self._add(contests.Entry(self.case.__name__, "", lambda: None))
+            self._drop(-1, failure(error))
+        fewest, most = self.limits.repeats[0], self.limits.repeats[-1]
+        repeats = min(max(int(self.limits.case_seconds / max(seconds, 1e-6)), fewest), most)
+        try:
+            calls = {i: entry.call for i, entry in entries.items()}
+            for i, ms in interleaved(calls, repeats, warmup=1, device=self.device).items():
+                self.times.setdefault(i, []).extend(ms)
+            for i, entry in entries.items() if whole else ():
+                self._look_closer(self.rows[i], entry)
         except FAILURES as error:
-            rows[i]["note"] = f"{rows[i]['note']}; then {failure(error)['note']}".removeprefix("; ")
-    yield from rows
+            for i in entries:
+                self._drop(i, failure(error))
+        del entries, calls
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def _add(self, entry: contests.Entry) -> None:
+        self.rows.append(empty_row(entry, self.shape, self.dtype))
+        self.work.append((entry.flops, entry.bytes))
+
+    def _drop(self, i: int, why: dict[str, Any]) -> None:
+        """A contestant without figures."""
+        self.times.pop(i, None)
+        self.rows[i] |= why | dict.fromkeys(name for name in _FIGURES if self.rows[i][name] is not None)
+
+    def _look_closer(self, row: dict[str, Any], entry: contests.Entry) -> None:
+        """The parts of a step, and on a CPU its memory."""
+        if entry.phases:
+            row |= entry.phases()
+        if entry.alone and self.device == "cpu":
+            row |= process_memory(entry.alone)
+
+    def finish(self) -> list[dict[str, Any]]:
+        """The rows with the times of all passes; of a case that had no pass, one that says so."""
+        if not self.rows:
+            self._add(
+                contests.Entry(self.case.__name__, "", lambda: None, note="not reached within the budget")
+            )
+        for i, ms in self.times.items():
+            row, (flops, moved), times = self.rows[i], self.work[i], quantiles(sorted(ms))
+            row |= times
+            row["tflops"] = flops / times["p50_ms"] / 1e9 or None
+            row["tb_s"] = moved / times["p50_ms"] / 1e9 or None
+            if row["op"] == "step":
+                row["tokens_s"] = 1e3 * self.shape.N / times["p50_ms"]
+        return self.rows
 
 
 def _admit(entry: contests.Entry, row: dict[str, Any], device: str, limits: Limits) -> float:
@@ -158,17 +200,21 @@ def _admit(entry: contests.Entry, row: dict[str, Any], device: str, limits: Limi
     return took
 
 
+_FIGURES = (
+    *(f"p{q}_ms" for q in QUANTILES), "tokens_s", "forward_ms", "backward_ms", "optimizer_ms", "peak_mib",
+    "process_mib", "tflops", "tb_s", "ceiling_share", "ratio_to_gemm",
+)  # fmt: skip
+
+
 def empty_row(entry: contests.Entry, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
     """A row of the benchmark schema without figures."""
     name = str(entry.dtype or dtype).removeprefix("torch.")
     stateful = entry.op in ("step", "row_step", "row_update")
     states = name if entry.backend.startswith("dense") else "float32"
-    figures = ("p20_ms", "p50_ms", "p80_ms", "tokens_s", "forward_ms", "backward_ms", "optimizer_ms",
-               "peak_mib", "process_mib", "tflops", "tb_s", "ceiling_share", "ratio_to_gemm")  # fmt: skip
     return (
         {"op": entry.op, "backend": entry.backend, "model": shape.model, **shape._asdict()}
         | {"dtype": name, "format": entry.format or (f"{name}/{states}" if stateful else name)}
-        | dict.fromkeys(figures)
+        | dict.fromkeys(_FIGURES)
         | {"note": entry.note, "failed": False}
     )
 

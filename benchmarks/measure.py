@@ -75,9 +75,12 @@ def _wall_ms(call: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
+QUANTILES = (5, 20, 50, 80, 95)
+
+
 def quantiles(ms: list[float]) -> dict[str, float]:
-    """The 20th, 50th and 80th percentile of sorted times, by the names of a row."""
-    return {f"p{q}_ms": ms[round(q / 100 * (len(ms) - 1))] for q in (20, 50, 80)}
+    """The QUANTILES of sorted times, by the names of a row: p5_ms and so on."""
+    return {f"p{q}_ms": ms[round(q / 100 * (len(ms) - 1))] for q in QUANTILES}
 
 
 def device_peak_mib(call: Callable[[], Any], device: str) -> float | None:
@@ -150,6 +153,10 @@ def _status(field: str) -> int:
     )
 
 
+_CHANGES = ("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
+"""Those that may make a difference."""
+
+
 def describe_machine() -> dict[str, Any]:
     """What a figure depends on: processor, GPU, threads, versions, commit, time."""
     return {
@@ -163,8 +170,7 @@ def describe_machine() -> dict[str, Any]:
             "triton": _version("triton"),
             "cuda": torch.version.cuda,
         },
-        "commit": (_git("rev-parse", "HEAD") or "unknown")
-        + ("-dirty" if _git("status", "--porcelain") else ""),
+        "commit": (_git("rev-parse", "HEAD") or "unknown") + ("-dirty" if _git(*_CHANGES) else ""),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -24,7 +24,8 @@ from fastsae.backends.triton.encode_fused import encode_topk_fused
 from fastsae.benchmarks.cases import Shape, encode_work, step_work
 from fastsae.benchmarks.checks import check_code, check_operator, check_step, check_trainer
 from fastsae.benchmarks.launches import FUSED_WIDTH
-from fastsae.benchmarks.trainers import LONG, TRAINERS, Run, Trainer, build, dense, phases, repeated_step
+from fastsae.benchmarks.processes import repeated_step
+from fastsae.benchmarks.trainers import LONG, TRAINERS, Run, Trainer, build, dense, phases
 from fastsae.formats import new_state
 from fastsae.ops import implementation
 from fastsae.optim import RowAdam

@@ -14,16 +14,14 @@ from typing import Any
 
 import torch
 
-from fastsae import SAE, SAEConfig, TopK
 from fastsae.benchmarks import contests
 from fastsae.benchmarks.cases import Shape, model_shape
 from fastsae.benchmarks.engine import Case, Limits, empty_row, run_plan
 from fastsae.benchmarks.growth import growth_rows, growth_shapes
-from fastsae.benchmarks.measure import alone, quantiles, resident_peak_mib
+from fastsae.benchmarks.measure import alone, quantiles
+from fastsae.benchmarks.processes import first_steps
 from fastsae.checks import reject
-from fastsae.optim import RowAdam
-from fastsae.training import train_step
-from fastsae.training.plan import FORMATS, plan_run
+from fastsae.training.plan import FORMATS
 
 __all__ = ["SUITES", "Suite", "gpu_tests_fail", "run_suite"]
 
@@ -95,7 +93,11 @@ def _wide_rows(_: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
     Where the loss doesn't fall there are no figures.
     """
-    runs = [alone(partial(_wide_steps, WIDE, *formats)) for _ in range(WIDE_PROCESSES) for formats in FORMATS]
+    runs = [
+        alone(partial(first_steps, WIDE, WIDE_STEPS, *formats))
+        for _ in range(WIDE_PROCESSES)
+        for formats in FORMATS
+    ]
     for i, formats in enumerate(FORMATS):
         mine = runs[i :: len(FORMATS)]
         row = empty_row(contests.Entry("step", "torch", lambda: None, format="/".join(formats)), WIDE, FP32)
@@ -110,31 +112,6 @@ def _wide_rows(_: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         else:
             row |= {"note": f"failed: the loss goes from {first:.4g} to {last:.4g}", "failed": True}
         yield row
-
-
-def _wide_steps(shape: Shape, weight_format: str, state_dtype: str) -> dict[str, Any]:
-    # before anything is allocated: a plan counts what its process has
-    planned = plan_run(
-        shape.D, shape.M, shape.k, shape.N, weight_format=weight_format, state_dtype=state_dtype
-    )
-    torch.manual_seed(0)
-    sae = SAE(SAEConfig(shape.D, shape.M, TopK(shape.k)), weight_format=weight_format)
-    opt = RowAdam(sae, lr=1e-3, state_dtype=state_dtype)
-    mixing = torch.randn(16, shape.D)
-    ms, losses = [], []
-    for _ in range(WIDE_STEPS):
-        x = torch.randn(shape.N, 16) @ mixing
-        start = time.perf_counter()
-        losses.append(train_step(sae, opt, x)["loss"].item())
-        ms.append(1e3 * (time.perf_counter() - start))
-    peak = resident_peak_mib()
-    held = [*sae.state_dict().values(), *(t for state in opt.state.values() for t in state.values())]
-    held_mib = sum(t.numel() * t.element_size() for t in held) / 2**20
-    planned_mib = planned["total_bytes"] / 2**20
-    return {"ms": ms, "losses": losses, "process_mib": peak} | {
-        "held_mib": held_mib,
-        "planned_mib": planned_mib,
-    }
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial, wraps
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from itertools import count, cycle
+from itertools import count
 from statistics import median
 from typing import Any
 from unittest import mock
@@ -34,7 +34,7 @@ from fastsae.checks import FastSAEError, check_choice, check_number
 from fastsae.optim import RowAdam
 from fastsae.training import train_step
 
-__all__ = ["TRAINERS", "Run", "Trainer", "Unavailable", "build", "check", "dense", "phases", "repeated_step"]
+__all__ = ["LONG", "TRAINERS", "Run", "Trainer", "Unavailable", "build", "check", "dense", "phases"]
 
 AUXK = 1 / 8
 """Coefficient of AuxK in our step: the demo's."""
@@ -339,16 +339,6 @@ def _load(distribution: str, *modules: str) -> tuple[Any, ...]:
     except Exception as error:  # whatever the import of another package may raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise Unavailable(f"{distribution} {found} can't be imported: {reason}") from error
-
-
-def repeated_step(name: str, shape: Shape) -> Callable[[], Any]:
-    """A call that takes a step on a CPU, on a few batches in turn: what a process that only trains does.
-
-    It stands here, where little is imported, since the peak of its process counts imports.
-    """
-    trainer = build(name, shape, steps=LONG, lr=1e-6)
-    batches = cycle([torch.randn(shape.N, shape.D) for _ in range(3)])
-    return lambda: trainer.step(next(batches))
 
 
 def check(trainer: Trainer, shape: Shape, x: Tensor) -> None:

@@ -39,11 +39,13 @@ __all__ = [
     "backward",
     "ceilings",
     "chunks",
+    "compiled_step",
     "decode",
     "encode",
     "narrow_backward",
     "narrow_step",
     "parts",
+    "peers",
     "step",
     "vast_step",
 ]
@@ -92,8 +94,11 @@ def ceilings(s: Shape, dtype: torch.dtype, device: str) -> Iterator[Entry]:
     yield Entry("copy", "torch", partial(sink.copy_, source), bytes=2 * size, note="read + written")
     side = max(s.N, min(s.M, 2048))
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    name = "cublas" if device == "cuda" else "torch"
-    yield Entry("square gemm", name, partial(torch.mm, a, b), flops=2 * side**3, note=f"{side} cubed")
+    work = {"flops": 2 * side**3, "note": f"{side} cubed"}
+    yield Entry("square gemm", "cublas" if device == "cuda" else "torch", partial(torch.mm, a, b), **work)
+    if device == "cpu":
+        blocks = partial(portable.score_all, a, b, None)
+        yield Entry("square gemm", "torch, in blocks", blocks, **work)  # by oneDNN where that is the faster
     for kind in dict.fromkeys((dtype, torch.float32)):
         scores = torch.randn(s.N, s.M, device=device).to(kind)
         held = scores.numel() * scores.element_size()
@@ -355,7 +360,7 @@ def peers(s: Shape, dtype: torch.dtype, device: str) -> Iterator[Entry]:
             **step_work(s, batches[0].element_size())._asdict(), alone=partial(repeated_step, name, s),
             check=lambda _, name=name: check_trainer(name, s, device),
             format=name.removeprefix("fastsae ") if "/" in name else "",
-            phases=lambda made=made: phases(made[0], batches[0], device),
+            phases=lambda made=made: phases(made[0], batches[0], device) | {"note": made[0].note},
         )  # fmt: skip
 
 

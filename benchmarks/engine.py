@@ -79,7 +79,7 @@ def run_plan(
 def _relate(row: dict[str, Any], shape: Shape, gemm: dict, ceiling: dict) -> None:
     """Fill in what a row's time is beside: the GEMM of its shape, and the ceilings of the machine."""
     if row["op"] == "square gemm":
-        ceiling["tflops", row["dtype"]] = row["tflops"]
+        ceiling["tflops", row["dtype"]] = max(row["tflops"], ceiling.get(("tflops", row["dtype"]), 0.0))
     elif row["op"] == "copy":
         ceiling["tb_s", ""] = row["tb_s"]
     elif row["op"] == "gemm":
@@ -190,8 +190,9 @@ def _admit(entry: contests.Entry, row: dict[str, Any], device: str, limits: Limi
         entry.check(result)
     del result
     start = time.monotonic()
-    row["peak_mib"] = device_peak_mib(entry.call, device)
-    if device != "cuda":
+    if device == "cuda":
+        row["peak_mib"] = device_peak_mib(entry.call)
+    else:
         entry.call()
     took = time.monotonic() - start
     if took > limits.slow_seconds:

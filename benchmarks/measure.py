@@ -83,10 +83,8 @@ def quantiles(ms: list[float]) -> dict[str, float]:
     return {f"p{q}_ms": ms[round(q / 100 * (len(ms) - 1))] for q in QUANTILES}
 
 
-def device_peak_mib(call: Callable[[], Any], device: str) -> float | None:
-    """MiB by which a GPU's allocated memory rises at most during one call; None on a CPU."""
-    if device != "cuda":
-        return None
+def device_peak_mib(call: Callable[[], Any]) -> float:
+    """MiB by which a GPU's allocated memory rises at most during one call."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()

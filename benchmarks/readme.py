@@ -40,7 +40,7 @@ GPU_ROWS = {
     ("step", "torch"): "whole training step, backend `torch`",
     ("step", "dense"): "whole training step, dense",
 }
-MEMORY = "its memory beyond weights and optimizer states"
+MEMORY = "memory of our step beyond weights and optimizer states"
 
 
 def refresh(

@@ -132,7 +132,7 @@ ON_CPU = Limits(repeats=range(5, 12), case_seconds=20, slow_seconds=40)
 SUITES = {
     "quick": Suite(
         "the README's sizes on a CPU, in under 5 minutes",
-        *("cpu", QUICK, Limits(range(3, 8), 3, 40, passes=5), (_wide_rows,)),
+        *("cpu", QUICK, Limits(range(2, 8), 3, 40, passes=5), (_wide_rows,)),
     ),
     "cpu": Suite(
         "every operator on a CPU, more models, and how a step grows",
@@ -164,7 +164,7 @@ def run_suite(name: str, seconds: float | None = None) -> Iterator[dict[str, Any
         reject(
             "suite", f"{name!r} on a machine without a CUDA device", "an NVIDIA GPU (or 'quick', on a CPU)"
         )
-    return _rows(suite, device, time.monotonic() + (seconds or suite.seconds))
+    return _rows(suite, device, time.monotonic() + (suite.seconds if seconds is None else seconds))
 
 
 def _rows(suite: Suite, device: str, deadline: float) -> Iterator[dict[str, Any]]:
@@ -172,7 +172,7 @@ def _rows(suite: Suite, device: str, deadline: float) -> Iterator[dict[str, Any]
     for row in run_plan(suite.plan, device, deadline, suite.limits):
         rows.append(row)
         yield row
-    for more in suite.more:
+    for more in suite.more if time.monotonic() < deadline else ():
         yield from more(rows)
 
 

@@ -258,6 +258,12 @@ def test_rows_are_written_as_json_csv_and_a_page(toy_suite, capsys):
     assert not (toy_suite / "results").exists()
 
 
+def test_no_seconds_measure_nothing(toy_suite):
+    assert command.main(["--out", str(toy_suite), "--seconds", "0"]) == 0
+    (row,) = json.loads((toy_suite / "quick.json").read_text())["rows"]
+    assert row["note"] == "not reached within the budget"
+
+
 def test_recorded_files_are_never_replaced(toy_suite):
     for _ in range(2):
         command.main(["--out", str(toy_suite / "out"), "--record"])

@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # --no-compile: Python compiles the modules that are imported, which are a tenth of those installed.
-PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+INSTALL := -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 PEERS := .venv-peers
@@ -44,8 +44,8 @@ bench-peers: $(PEERS)/.installed ## measure a training step of ours and of other
 
 $(PEERS)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	$(subst $(BIN),$(PEERS)/bin,$(PIP)) torch
-	$(subst $(BIN),$(PEERS)/bin,$(PIP)) --editable '.[demo,peers,test]'
+	$(PEERS)/bin/python $(INSTALL) torch
+	$(PEERS)/bin/python $(INSTALL) --editable '.[demo,peers,test]'
 	$(PEERS)/bin/python -c 'import torchvision' 2>/dev/null || $(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision
 	@touch $@
 
@@ -62,10 +62,10 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer: make PYTHON=...")'
 	@echo "Installing into $(VENV): about a minute the first time, longer where torch comes with CUDA."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch
-	$(PIP) --editable '.[demo,test]'
+	$(BIN)/python $(INSTALL) torch
+	$(BIN)/python $(INSTALL) --editable '.[demo,test]'
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
-	$(PIP) --editable '.[dev]'
+	$(BIN)/python $(INSTALL) --editable '.[dev]'
 	@touch $@

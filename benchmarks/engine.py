@@ -134,11 +134,11 @@ class _CaseRun:
             calls = {i: entry.call for i, entry in entries.items()}
             for i, ms in interleaved(calls, repeats, warmup=1, device=self.device).items():
                 self.times.setdefault(i, []).extend(ms)
-            for i, entry in entries.items() if whole else ():
-                self._look_closer(self.rows[i], entry)
         except FAILURES as error:
             for i in entries:
                 self._drop(i, failure(error))
+        for i, entry in entries.items() if whole else ():
+            self._look_closer(i, entry)
         del entries, calls
         gc.collect()
         if self.device == "cuda":
@@ -153,12 +153,15 @@ class _CaseRun:
         self.times.pop(i, None)
         self.rows[i] |= why | dict.fromkeys(name for name in _FIGURES if self.rows[i][name] is not None)
 
-    def _look_closer(self, row: dict[str, Any], entry: contests.Entry) -> None:
-        """The parts of a step, and on a CPU its memory."""
-        if entry.phases:
-            row |= entry.phases()
-        if entry.alone and self.device == "cpu":
-            row |= process_memory(entry.alone)
+    def _look_closer(self, i: int, entry: contests.Entry) -> None:
+        """The parts of a step, and on a CPU its memory; a contestant that fails in this fails alone."""
+        try:
+            if i in self.times and entry.phases:
+                self.rows[i] |= entry.phases()
+            if i in self.times and entry.alone and self.device == "cpu":
+                self.rows[i] |= process_memory(entry.alone)
+        except FAILURES as error:
+            self._drop(i, failure(error))
 
     def finish(self) -> list[dict[str, Any]]:
         """The rows with the times of all passes; of a case that had no pass, one that says so."""

@@ -25,6 +25,7 @@ __all__ = [
     "describe_machine",
     "device_peak_mib",
     "interleaved",
+    "now",
     "process_memory",
     "quantiles",
     "resident_peak_mib",
@@ -67,6 +68,13 @@ def stopwatch(device: str) -> Callable[[Callable[[], Any]], float]:
         return start.elapsed_time(end)
 
     return event_ms
+
+
+def now(device: str) -> float:
+    """Seconds on the wall clock, after all that was queued on a GPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _wall_ms(call: Callable[[], Any]) -> float:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastsae.benchmarks.cases import Shape
 from fastsae.benchmarks.engine import failure
+from fastsae.benchmarks.measure import now
 from fastsae.benchmarks.trainers import TRAINERS, Trainer, Unavailable, build
 from fastsae.cli import DEMO
 from fastsae.data import Batches, cached_activations, split_rows
@@ -115,19 +114,13 @@ def _train(trainer: Trainer, data: _Data, device: str) -> list[dict[str, Any]]:
     few, batches = data.held_out[:CURVE_TOKENS].to(device), iter(data.batches)
     for end in sorted({max(1, round(share * steps)) for share in MOMENTS}):
         part = [batch.to(device) for batch in islice(batches, end - done)]
-        start = _now(device)
+        start = now(device)
         for x in part:
             trainer.step(x)
-        seconds, done = seconds + _now(device) - start, end
+        seconds, done = seconds + now(device) - start, end
         seen = {"seconds": seconds, "tokens": done * data.batches.batch_size}
         moments.append(seen | evaluate(trainer, few))
     return moments
-
-
-def _now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def evaluate(trainer: Trainer, x: Tensor, batch: int = 1024) -> dict[str, float]:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fastsae.benchmarks.results import newest
+from fastsae.benchmarks.results import RESULTS, newest
 from fastsae.checks import reject
 from fastsae.ops import BACKENDS
 
@@ -43,9 +43,7 @@ GPU_ROWS = {
 MEMORY = "memory of our step beyond weights and optimizer states"
 
 
-def refresh(
-    check: bool, readme: Path = ROOT / "README.md", results: Path = ROOT / "benchmarks/results"
-) -> int:
+def refresh(check: bool, readme: Path = ROOT / "README.md", results: Path = RESULTS) -> int:
     """Write the figures between the marks of ``readme``; or with ``check`` only say whether they are there.
 
     Returns the exit code, 1 where a check finds other text. Raises ValueError without README or marks.

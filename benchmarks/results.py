@@ -16,13 +16,12 @@ RESULTS = Path(__file__).resolve().parent / "results"
 """What was committed. Files are added, never changed."""
 
 
-def new_path(machine: str, suite: str, folder: Path | None = None) -> Path:
-    """A file of RESULTS (or ``folder``) that isn't there yet, named by date, machine and suite."""
-    folder = folder or RESULTS
+def new_path(machine: str, suite: str) -> Path:
+    """A file of RESULTS that isn't there yet, named by date, machine and suite."""
     slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
     day = f"{datetime.now(UTC):%Y-%m-%d}"
     names = (f"{day}{mark}-{slug}-{suite}.json" for mark in _marks())
-    return next(path for path in map(folder.joinpath, names) if not path.exists())
+    return next(path for path in map(RESULTS.joinpath, names) if not path.exists())
 
 
 def _marks() -> Iterator[str]:

@@ -132,23 +132,40 @@ ON_CPU = Limits(repeats=range(5, 12), case_seconds=20, slow_seconds=40)
 SUITES = {
     "quick": Suite(
         "the README's sizes on a CPU, in under 5 minutes",
-        *("cpu", QUICK, Limits(range(3, 8), 3, 40, passes=5), (_wide_rows,)),
+        "cpu",
+        QUICK,
+        Limits(range(3, 8), 3, 40, passes=5),
+        (_wide_rows,),
     ),
     "cpu": Suite(
         "every operator on a CPU, more models, and how a step grows",
-        *("cpu", CPU, ON_CPU, (_wide_rows, partial(_growth, SMALL)), 3600),
+        "cpu",
+        CPU,
+        ON_CPU,
+        (_wide_rows, partial(_growth, SMALL)),
+        3600,
     ),
     "gpu": Suite(
         "every operator and the step on an NVIDIA GPU, after the tests, in under 10 minutes",
-        *("cuda", GPU, Limits(), (partial(_growth, NARROW),)),
+        "cuda",
+        GPU,
+        Limits(),
+        (partial(_growth, NARROW),),
     ),
     "peers": Suite(
         "a training step of each library that is installed (pip install 'fastsae[peers]')",
-        *(None, PEERS, ON_CPU, (), 1200),
+        None,
+        PEERS,
+        ON_CPU,
+        (),
+        1200,
     ),
     "quality": Suite(
         "FVU and silent latents of each, at equal tokens and equal seconds, on real activations",
-        *(None, [], ON_CPU, (_quality,)),
+        None,
+        [],
+        ON_CPU,
+        (_quality,),
     ),
 }
 

@@ -9,7 +9,6 @@ of the tokens. Given a sample, inputs are normalised as the library recommends.
 from __future__ import annotations
 
 import io
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
@@ -30,6 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fastsae import SAE, AuxK, SAEConfig, TopK
 from fastsae.benchmarks.cases import Shape
+from fastsae.benchmarks.measure import now
 from fastsae.checks import FastSAEError, check_choice, check_number
 from fastsae.optim import RowAdam
 from fastsae.training import train_step
@@ -380,19 +380,14 @@ def _parts(trainer: Trainer, x: Tensor, device: str) -> dict[str, float]:
     """Seconds of each part of one step."""
     spent, starts = {"backward_ms": 0.0, "optimizer_ms": 0.0}, []
 
-    def now() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def timed(part: str, call: Callable) -> Callable:
         @wraps(call)
         def run(*args: Any, **kwargs: Any) -> Any:
-            starts.append(begun := now())
+            starts.append(begun := now(device))
             try:
                 return call(*args, **kwargs)
             finally:
-                spent[part] += now() - begun
+                spent[part] += now(device) - begun
 
         return run
 
@@ -403,8 +398,8 @@ def _parts(trainer: Trainer, x: Tensor, device: str) -> dict[str, float]:
     with ExitStack() as patches:
         for owner, name, part in boundaries:
             patches.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
-        start = now()
+        start = now(device)
         trainer.step(x)
-        end = now()
+        end = now(device)
     forward = (starts or [end])[0] - start
     return {"forward_ms": forward, **spent, "other_ms": end - start - forward - sum(spent.values())}

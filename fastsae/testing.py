@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from html.parser import HTMLParser
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -25,6 +26,7 @@ __all__ = [
     "ADVERSARIAL",
     "Allocations",
     "NeverWaits",
+    "Page",
     "Problem",
     "adversarial",
     "assert_close",
@@ -365,6 +367,28 @@ def assert_unchanged(now: dict[str, Any], before: dict[str, Any]) -> None:
             assert_same(t, before[name], name)
         else:
             _require(t == before[name], f"{name}: {t}, not {before[name]}")
+
+
+class Page(HTMLParser):
+    """A page's tags with their attributes, and its visible text."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.open = "", list[str]()
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
 
 
 def assert_repeatable(run: Callable[[], Iterable[Tensor]]) -> None:

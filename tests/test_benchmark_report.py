@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from html.parser import HTMLParser
 from itertools import combinations, pairwise
 
 import pytest
@@ -15,6 +14,7 @@ from fastsae.benchmarks.panels import Panel, Series, quality_panels, step_panels
 from fastsae.benchmarks.plots import draw, size_of, slots_of
 from fastsae.benchmarks.results import RESULTS
 from fastsae.evaluate.page import Palette
+from fastsae.testing import Page
 
 PALETTE = Palette("#ffffff", "#666666", "#dddddd", tuple(f"#0000{i:02x}" for i in range(8)))
 SHAPE = {"model": "MiniLM", "N": 1024, "D": 384, "k": 32, "dtype": "float32"}
@@ -65,32 +65,24 @@ GROWTH = [
 ]
 
 
-class Page(HTMLParser):
-    """Tags with their attributes, the visible text, and of every line of a table its class and cells."""
+class TablePage(Page):
+    """With the class and the cells of every line of a table."""
 
     def __init__(self, source: str) -> None:
-        super().__init__()
-        self.tags, self.text, self.lines, self._open = [], "", [], []
-        self.feed(source)
+        self.lines = []
+        super().__init__(source)
 
     def handle_starttag(self, tag, attrs):
+        super().handle_starttag(tag, attrs)
         attributes = dict(attrs)
-        self.tags.append((tag, attributes))
-        self._open.append(tag)
         if tag == "tr":
             self.lines.append((attributes.get("class"), []))
         elif tag in ("th", "td"):
             self.lines[-1][1].append((tag, attributes, []))
 
-    def handle_endtag(self, tag):
-        while self._open and self._open.pop() != tag:
-            pass
-
     def handle_data(self, data):
-        if "style" in self._open:
-            return
-        self.text += data
-        if {"th", "td"} & set(self._open):
+        super().handle_data(data)
+        if {"th", "td"} & set(self.open):
             self.lines[-1][1][-1][2].append(data)
 
     def all(self, tag):
@@ -106,7 +98,7 @@ class Page(HTMLParser):
         ]
 
 
-def write(folder, rows, **more) -> Page:
+def write(folder, rows, **more) -> TablePage:
     machine = {
         "cpu": "A CPU",
         "gpu": None,
@@ -123,7 +115,7 @@ def write(folder, rows, **more) -> Page:
     }
     path = report.write_report(result | {"rows": rows} | more, folder / "new" / "page.html")
     assert path == folder / "new" / "page.html"
-    return Page(path.read_text("utf-8"))
+    return TablePage(path.read_text("utf-8"))
 
 
 def drawn(panel):

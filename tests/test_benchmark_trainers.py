@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastsae import SAE, AuxK, SAEConfig, TopK
-from fastsae.benchmarks import quality, trainers
+from fastsae.benchmarks import measure, quality, trainers
 from fastsae.benchmarks.cases import Shape
 from fastsae.benchmarks.trainers import Run, Trainer, Unavailable, build, check, phases
 from fastsae.optim import RowAdam
@@ -195,7 +195,7 @@ class Clock:
 
 def test_phases_are_told_apart(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(trainers, "time", clock)
+    monkeypatch.setattr(measure, "time", clock)
 
     class Slow(torch.autograd.Function):
         @staticmethod
@@ -231,7 +231,7 @@ def test_phases_are_told_apart(monkeypatch):
 
 def test_phases_of_ours(monkeypatch):
     trainer, clock = build("fastsae", TOY, steps=20), Clock()
-    monkeypatch.setattr(trainers, "time", clock)
+    monkeypatch.setattr(measure, "time", clock)
     operators = torch.ops.fastsae
     for name, seconds in (("decode_error", 2), ("row_step", 3), ("row_update", 5)):
         original = getattr(operators, name)
@@ -315,7 +315,7 @@ def test_quality_rows(activations, monkeypatch):
 
 def test_equal_seconds(activations, monkeypatch):
     clock, batches = Clock(), {}
-    monkeypatch.setattr(quality, "time", clock)
+    monkeypatch.setattr(measure, "time", clock)
 
     def contestant(name, seconds):
         def make(shape, device, run):

@@ -178,6 +178,22 @@ def test_a_case_that_fails_while_it_is_timed():
     assert row["note"].startswith("failed: RuntimeError: shape")
 
 
+def test_a_contestant_whose_memory_cannot_be_measured_fails_alone(monkeypatch):
+    def ends(prepare):
+        raise RuntimeError("the process that measures memory ended with exit code -9")
+
+    monkeypatch.setattr(engine, "process_memory", ends)
+
+    def case(shape, dtype, device):
+        yield contests.Entry("op", "large", lambda: None, flops=1, alone=lambda: None)
+        yield contests.Entry("op", "small", lambda: None, flops=1)
+
+    large, small = run_on_cpu(case)
+    assert (large["failed"], large["p50_ms"], small["failed"]) == (True, None, False)
+    assert large["note"].endswith("exit code -9")
+    assert small["p50_ms"] is not None
+
+
 def test_what_the_budget_left_out_is_listed():
     (row,) = run_on_cpu(contests.encode, seconds=-1)
     assert (row["op"], row["note"], row["p50_ms"]) == ("encode", "not reached within the budget", None)

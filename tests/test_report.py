@@ -5,13 +5,13 @@ import math
 import re
 import struct
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
 import torch
 
 from fastsae import SAE, AuxK, SAEConfig, TopK
 from fastsae.evaluate import Evaluation, Example, LatentExamples, write_report
+from fastsae.testing import Page
 
 M = 50
 
@@ -59,32 +59,21 @@ def latent(*examples, index=17, share=0.00321) -> LatentExamples:
     return LatentExamples(latent=index, share=share, mean_activation=1.5, score=3.0, examples=examples)
 
 
-class Page(HTMLParser):
-    """Tags with their attributes, the visible text, and the marked tokens."""
+class MarkedPage(Page):
+    """With the marked tokens."""
 
     def __init__(self, source: str) -> None:
-        super().__init__()
-        self.tags, self.text, self.marked, self._open = [], "", [], []
-        self.feed(source)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self._open.append(tag)
-
-    def handle_endtag(self, tag):
-        while self._open and self._open.pop() != tag:
-            pass
+        self.marked = []
+        super().__init__(source)
 
     def handle_data(self, data):
-        if "style" in self._open:
-            return
-        self.text += data
-        if "mark" in self._open:
+        super().handle_data(data)
+        if "mark" in self.open:
             self.marked.append(data)
 
 
-def read(path) -> Page:
-    return Page(path.read_text("utf-8"))
+def read(path) -> MarkedPage:
+    return MarkedPage(path.read_text("utf-8"))
 
 
 def write(directory, sae, *, evaluation=None, log=(), examples=None, **options):

@@ -165,9 +165,8 @@ def _encode_topk(x: Tensor, latents: _Latents, k: int) -> tuple[Tensor, Tensor]:
     best = _RowBest(n, k, x)
     if n == 0 or k == 0:
         return best.values.view(n, k), best.columns.view(n, k)
-    few = n * m <= FEW_SCORES and m <= _block_width(n, x.shape[1])
-    if few and (found := _best_of_few(x, latents, k)):
-        return found
+    if n * m <= FEW_SCORES and m <= _block_width(n, x.shape[1]):
+        return _best_of_few(x, latents, k)
     # the first block must hold k columns, and 2k groups make a sharp first threshold
     width = max(_block_width(n, x.shape[1]), -(-k // GROUP) * GROUP)
     group = max(g for g in (1, 2, 4, 8, 16, GROUP) if g == 1 or min(width, m) // g >= 2 * k)
@@ -190,12 +189,13 @@ def _encode_topk(x: Tensor, latents: _Latents, k: int) -> tuple[Tensor, Tensor]:
     return best.values, best.columns
 
 
-def _best_of_few(x: Tensor, latents: _Latents, k: int) -> tuple[Tensor, Tensor] | None:
-    """The k best by torch.topk, which breaks ties as it likes: None where there are any."""
+def _best_of_few(x: Tensor, latents: _Latents, k: int) -> tuple[Tensor, Tensor]:
+    """The k best by torch.topk; where it finds ties, which it breaks as it likes, by a stable sort."""
     ((_, scores),) = latents.blocks(x, len(latents))
-    rank, columns = _rank(scores).topk(min(k + 1, len(latents)), dim=1)
-    if (rank[:, 1:] == rank[:, :-1]).any():
-        return None
+    rank = _rank(scores)
+    best, columns = rank.topk(min(k + 1, len(latents)), dim=1)
+    if (best[:, 1:] == best[:, :-1]).any():
+        columns = rank.argsort(dim=1, descending=True, stable=True)
     columns = columns[:, :k]
     return scores.gather(1, columns), columns.int()
 

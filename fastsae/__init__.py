@@ -8,21 +8,49 @@ The module is :class:`SAE`, its description :class:`SAEConfig`; :mod:`fastsae.fu
 from fastsae import backends, functional
 from fastsae.checks import FastSAEError
 from fastsae.code import SparseCode
-from fastsae.config import AuxK, BatchTopK, DecoderNormL1, JumpReLU, ReLU, SAEConfig, TopK
+from fastsae.config import SAEConfig
+from fastsae.policies import (
+    L0,
+    L1,
+    AuxK,
+    BatchTopK,
+    DecoderNormL1,
+    Gated,
+    GroupMax,
+    HierarchicalTopK,
+    JumpReLU,
+    Matryoshka,
+    MultiTopK,
+    PreActivation,
+    ReLU,
+    Tanh,
+    TargetL0,
+    TopK,
+)
 from fastsae.sae import SAE, TrainingOutput, load
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "L0",
+    "L1",
     "SAE",
     "AuxK",
     "BatchTopK",
     "DecoderNormL1",
     "FastSAEError",
+    "Gated",
+    "GroupMax",
+    "HierarchicalTopK",
     "JumpReLU",
+    "Matryoshka",
+    "MultiTopK",
+    "PreActivation",
     "ReLU",
     "SAEConfig",
     "SparseCode",
+    "Tanh",
+    "TargetL0",
     "TopK",
     "TrainingOutput",
     "backends",

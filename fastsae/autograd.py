@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastsae import nested
 from fastsae.ops import wide_dtype  # importing it registers torch.ops.fastsae
 
-__all__ = ["Decode", "Encode"]
+__all__ = ["Decode", "Encode", "Jump", "NestedSquares", "Step", "in_band"]
 
 _ops = torch.ops.fastsae
 
@@ -77,6 +78,72 @@ class Decode(torch.autograd.Function):
         if needs_b:
             grad_b = grad.sum(0, dtype=wide_dtype(grad)).to(ctx.bias_dtype)
         return grad_values, None, None, grad_W, grad_b, None, None
+
+
+def in_band(values: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
+    """Whether |pre - theta| < bandwidth / 2, of entries that passed theta - bandwidth / 2.
+
+    ``values`` are relu(pre), or 0 below theta.
+    """
+    return values < theta + bandwidth / 2
+
+
+class Jump(torch.autograd.Function):
+    """f = v * 1[v > theta], entry by entry; see :func:`fastsae.functional.jump`."""
+
+    @staticmethod
+    def forward(ctx, values, theta, bandwidth):
+        ctx.save_for_backward(values, theta)
+        ctx.bandwidth = bandwidth
+        return torch.where(values > theta, values, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        values, theta = ctx.saved_tensors
+        pulled = torch.where(in_band(values, theta, ctx.bandwidth), -(theta / ctx.bandwidth) * grad, 0)
+        return torch.where(values > theta, grad, 0), pulled, None
+
+
+class Step(torch.autograd.Function):
+    """1[v > theta], entry by entry, with no gradient for v; see :func:`fastsae.functional.jump`."""
+
+    @staticmethod
+    def forward(ctx, values, theta, bandwidth):
+        ctx.save_for_backward(values, theta)
+        ctx.bandwidth = bandwidth
+        return (values > theta).to(theta.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        values, theta = ctx.saved_tensors
+        return None, torch.where(in_band(values, theta, ctx.bandwidth), -grad / ctx.bandwidth, 0), None
+
+
+class NestedSquares(torch.autograd.Function):
+    """sum_g weights[g] ||e_g||^2 by :mod:`fastsae.nested`, which makes nothing as large as all e_g."""
+
+    @staticmethod
+    def forward(ctx, values, W, error, indices, offsets, parts, backend, sparse_grad):
+        ctx.save_for_backward(values, W, error, indices, offsets)
+        ctx.parts, ctx.backend, ctx.sparse_grad = parts, backend, sparse_grad
+        return nested.squares(values, indices, offsets, W, error, parts, backend)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        values, W, error, indices, offsets = ctx.saved_tensors
+        found = nested.gradients(values, indices, offsets, W, error, ctx.parts, ctx.backend)
+        grad_values = (grad * found.values).to(values.dtype)
+        rows = (grad * found.rows).to(W.dtype)
+        grad_error = (grad * found.error).to(error.dtype)
+        if ctx.sparse_grad:
+            where = found.latents[None]
+            grad_W = torch.sparse_coo_tensor(where, rows, W.shape, is_coalesced=True, check_invariants=False)
+        else:
+            grad_W = rows.new_zeros(W.shape).index_add_(0, found.latents, rows)
+        return grad_values, grad_W, grad_error, None, None, None, None, None
 
 
 def _weight_grad(coefs: Tensor, x: Tensor, feature_major, W: Tensor, ctx, dense: bool = False) -> Tensor:

@@ -126,6 +126,19 @@ class SparseCode:
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return cls(flat[rows, columns], columns.int(), offsets, z.shape[-1], tuple(z.shape[:-1]))
 
+    def with_values(self, values: Tensor) -> SparseCode:
+        """The same entries with other values."""
+        return SparseCode(
+            values,
+            self.indices,
+            self.offsets,
+            self.n_latents,
+            self.leading,
+            per_token=self.per_token,
+            mean=self.mean,
+            scale=self.scale,
+        )
+
     def detach(self) -> SparseCode:
         """The same code without history."""
         return self._map(lambda t: t.detach())

@@ -1,131 +1,31 @@
-"""What a dictionary is: sizes, activation rule, loss terms. Frozen, checked, plain JSON on disk."""
+"""What a dictionary is: sizes, activation rule, loss terms, space. Frozen, checked, plain JSON on disk."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, get_args
 
-from fastsae.checks import BadType, check_choice, check_number, check_type, reject
+from fastsae.checks import check_choice, check_number, check_type, reject
+from fastsae.policies import (
+    L0,
+    L1,
+    Activation,
+    AuxK,
+    Gated,
+    JumpReLU,
+    Loss,
+    PreActivation,
+    ReLU,
+    TargetL0,
+    check_keys,
+    from_dict,
+    to_dict,
+)
 
-__all__ = [
-    "Activation",
-    "AuxK",
-    "BatchTopK",
-    "DecoderNormL1",
-    "JumpReLU",
-    "Loss",
-    "ReLU",
-    "SAEConfig",
-    "TopK",
-]
+__all__ = ["Normalization", "SAEConfig"]
 
-
-@dataclass(frozen=True)
-class TopK:
-    """Keep each token's ``k`` largest pre-activations, then ReLU. Ties: lowest index first.
-
-    Source: Gao et al. 2024, arXiv 2406.04093.
-    """
-
-    k: int
-    rule: ClassVar[str] = "topk"
-
-    def __post_init__(self) -> None:
-        check_number("k", self.k, integer=True, low=1)
-
-
-@dataclass(frozen=True)
-class BatchTopK:
-    """Keep the ``k * N`` largest pre-activations of the whole batch of N tokens, then ReLU.
-
-    At inference a scalar threshold learned in training takes the batch's place.
-    Source: Bussmann et al. 2024, arXiv 2412.06410.
-    """
-
-    k: int
-    rule: ClassVar[str] = "batchtopk"
-
-    def __post_init__(self) -> None:
-        check_number("k", self.k, integer=True, low=1)
-
-
-@dataclass(frozen=True)
-class JumpReLU:
-    """Keep ``pre`` where it exceeds its latent's threshold: ``f = pre * 1[pre > threshold]``, threshold >= 0.
-
-    ``threshold`` is the value every latent starts with. Source: Rajamanoharan et al. 2024, arXiv 2407.14435.
-    """
-
-    threshold: float = 0.001
-    rule: ClassVar[str] = "threshold"
-
-    def __post_init__(self) -> None:
-        check_number("threshold", self.threshold, low=0.0)
-
-
-@dataclass(frozen=True)
-class ReLU:
-    """Keep every positive pre-activation."""
-
-    rule: ClassVar[str] = "threshold"
-
-
-@dataclass(frozen=True)
-class AuxK:
-    """Let dead latents reconstruct what the live ones missed.
-
-        L = coefficient * min(n_dead / k_aux, 1) * ||e - e_hat||^2 / normaliser of the reconstruction loss
-
-    with e = target - x_hat (detached) and e_hat the decode of each token's ``k_aux`` largest dead latents,
-    without ``b_dec``. A latent is dead when it hasn't fired for ``dead_after`` tokens. Its gradient reaches
-    encoder and decoder.
-
-    Args:
-        coefficient: weight of the term.
-        k_aux: dead latents per token; None takes the power of two nearest d_in / 2.
-        dead_after: tokens without firing after which a latent counts as dead.
-
-    Source: Gao et al. 2024, arXiv 2406.04093, appendix A.2.
-    """
-
-    coefficient: float = 1 / 32
-    k_aux: int | None = None
-    dead_after: int = 10_000_000
-    name: ClassVar[str] = "auxk"
-
-    def __post_init__(self) -> None:
-        check_number("coefficient", self.coefficient, low=0.0)
-        check_number("dead_after", self.dead_after, integer=True, low=1)
-        if self.k_aux is not None:
-            check_number("k_aux", self.k_aux, integer=True, low=1)
-
-    def resolve_k(self, d_in: int) -> int:
-        """The number of dead latents per token for inputs of width ``d_in``."""
-        return self.k_aux or 2 ** max(0, round(math.log2(max(d_in, 2) / 2)))
-
-
-@dataclass(frozen=True)
-class DecoderNormL1:
-    """Charge each activation the length of its decoder row: ``L = coefficient * mean_n sum_i f_i
-    ||W_dec[i]||``.
-
-    Source: Templeton et al. 2024, "Scaling Monosemanticity" (coefficient 5 with E||x||^2 = d_in).
-    """
-
-    coefficient: float = 5.0
-    name: ClassVar[str] = "decoder_norm_l1"
-
-    def __post_init__(self) -> None:
-        check_number("coefficient", self.coefficient, low=0.0)
-
-
-Activation = TopK | BatchTopK | JumpReLU | ReLU
-Loss = AuxK | DecoderNormL1
-_BY_NAME: dict[str, type] = {
-    cls.__name__: cls for cls in (TopK, BatchTopK, JumpReLU, ReLU, AuxK, DecoderNormL1)
-}
+Normalization = Literal["none", "scalar", "unit_scalar", "mean_norm", "layer_norm"]
 
 
 @dataclass(frozen=True)
@@ -135,20 +35,30 @@ class SAEConfig:
     Args:
         d_in: width of the input.
         n_latents: number of latents M.
-        activation: TopK, BatchTopK, JumpReLU or ReLU.
+        activation: TopK, BatchTopK, GroupMax, JumpReLU, ReLU, Gated, MultiTopK, HierarchicalTopK or
+            Matryoshka (see :mod:`fastsae.policies`).
         d_out: width of the reconstruction; None is ``d_in``.
         losses: terms beside the reconstruction loss.
-        normalization: "none"; "scalar", x times one stored number that makes E||x||^2 = d_in; or
-            "layer_norm", each token centred and divided by its standard deviation, undone by decode.
-        subtract_b_dec: encode x - b_dec. None: yes for TopK and BatchTopK autoencoders, no otherwise.
-        unit_norm_decoder: keep decoder rows at length 1. None: yes for TopK and BatchTopK autoencoders.
+        normalization: "none"; x times one stored number, that makes E||x||^2 = d_in ("scalar"), E||x||^2 = 1
+            ("unit_scalar") or E||x|| = sqrt(d_in) ("mean_norm"), of a crosscoder one number a site;
+            or "layer_norm", each token centred and divided by its standard deviation, undone by decode.
+        subtract_b_dec: encode x - b_dec. None: yes for autoencoders, except with JumpReLU and ReLU.
+        unit_norm_decoder: keep decoder rows at length 1. None: as subtract_b_dec.
         reconstruction: "fvu", sum of squared errors over the batch's variance about its mean; or
-            "squared_error", squared error summed over d_out, mean over tokens. None: "fvu" for TopK and
-            BatchTopK, else "squared_error", the scale that published sparsity coefficients are meant for.
+            "squared_error", squared error summed over d_out, mean over tokens. None: "fvu" for those that fix
+            the number of active latents, else "squared_error", the scale that published sparsity coefficients
+            are meant for.
+        transcoder: the target is another activation than the input, and W_dec starts at 0. None: where d_out
+            differs from d_in, or with ``skip``.
+        skip: add x W_skip^T to the reconstruction (a skip transcoder: Paulo et al. 2025, arXiv 2501.18823).
+        n_sites: a crosscoder (Lindsey et al. 2024, "Sparse Crosscoders"): the input is so many activations of
+            equal width side by side, of several layers or models, and so is the output.
+            ``W_enc.view(M, n_sites, -1)`` holds their encoders.
 
     Raises:
-        ValueError, TypeError: an argument outside the ranges above; k > n_latents; b_dec subtracted though
-            d_out differs from d_in; two losses of one kind.
+        ValueError, TypeError: an argument outside the ranges above; an activation that doesn't fit
+            n_latents; a loss that doesn't fit the activation; b_dec subtracted from what isn't reconstructed;
+            two losses of one kind.
     """
 
     d_in: int
@@ -156,59 +66,77 @@ class SAEConfig:
     activation: Activation
     d_out: int = None  # type: ignore[assignment]  # None stands for a default and never survives construction
     losses: tuple[Loss, ...] = ()
-    normalization: Literal["none", "scalar", "layer_norm"] = "none"
+    normalization: Normalization = "none"
     subtract_b_dec: bool = None  # type: ignore[assignment]
     unit_norm_decoder: bool = None  # type: ignore[assignment]
     reconstruction: Literal["fvu", "squared_error"] = None  # type: ignore[assignment]
+    transcoder: bool = None  # type: ignore[assignment]
+    skip: bool = False
+    n_sites: int = 1
 
     def __post_init__(self) -> None:
         check_number("d_in", self.d_in, integer=True, low=1)
         check_number("n_latents", self.n_latents, integer=True, low=1)
-        check_type(
-            "activation",
-            self.activation,
-            (TopK, BatchTopK, JumpReLU, ReLU),
-            "TopK, BatchTopK, JumpReLU or ReLU",
-        )
+        kinds = get_args(Activation)
+        names = [kind.__name__ for kind in kinds]
+        check_type("activation", self.activation, kinds, f"{', '.join(names[:-1])} or {names[-1]}")
         self._resolve_defaults()
         check_number("d_out", self.d_out, integer=True, low=1)
-        check_choice("normalization", self.normalization, ("none", "scalar", "layer_norm"))
+        check_choice("normalization", self.normalization, get_args(Normalization))
         check_choice("reconstruction", self.reconstruction, ("fvu", "squared_error"))
-        for flag in ("subtract_b_dec", "unit_norm_decoder"):
+        for flag in ("subtract_b_dec", "unit_norm_decoder", "transcoder", "skip"):
             check_type(flag, getattr(self, flag), bool, "True, False or None")
-        for term in self.losses:
-            check_type("losses", term, (AuxK, DecoderNormL1), "loss terms such as AuxK() or DecoderNormL1()")
-        if len({type(term) for term in self.losses}) < len(self.losses):
-            reject("losses", self.losses, "at most one term of each kind")
-        if isinstance(self.activation, TopK | BatchTopK) and self.activation.k > self.n_latents:
-            reject("k", self.activation.k, f"an integer in 1..{self.n_latents} (n_latents)")
-        if self.subtract_b_dec and self.d_out != self.d_in:
-            reject(
-                "subtract_b_dec", True, f"False where d_out ({self.d_out}) differs from d_in ({self.d_in})"
-            )
+        self.activation.check_latents(self.n_latents)
+        self._check_losses()
+        self._check_structure()
 
     def _resolve_defaults(self) -> None:
-        top = isinstance(self.activation, TopK | BatchTopK)
+        fixed = not isinstance(self.activation, JumpReLU | ReLU | Gated)
         d_out = self.d_in if self.d_out is None else self.d_out
+        transcoder = self.skip or d_out != self.d_in if self.transcoder is None else self.transcoder
+        centred = (fixed or isinstance(self.activation, Gated)) and not transcoder
         resolved = {
             "d_out": d_out,
             "losses": tuple(self.losses) if isinstance(self.losses, list | tuple) else (self.losses,),
-            "subtract_b_dec": top and d_out == self.d_in
-            if self.subtract_b_dec is None
-            else self.subtract_b_dec,
-            "unit_norm_decoder": top and d_out == self.d_in
-            if self.unit_norm_decoder is None
-            else self.unit_norm_decoder,
-            "reconstruction": self.reconstruction or ("fvu" if top else "squared_error"),
+            "subtract_b_dec": centred if self.subtract_b_dec is None else self.subtract_b_dec,
+            "unit_norm_decoder": centred if self.unit_norm_decoder is None else self.unit_norm_decoder,
+            "reconstruction": self.reconstruction or ("fvu" if fixed else "squared_error"),
+            "transcoder": transcoder,
         }
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
 
+    def _check_losses(self) -> None:
+        for term in self.losses:
+            check_type("losses", term, get_args(Loss), "loss terms such as AuxK() or DecoderNormL1()")
+            wrong = isinstance(self.activation, Gated) and not isinstance(term, AuxK | L1)
+            if wrong:
+                reject("losses", term, "L1 or AuxK beside Gated, whose sparsity is that of relu(pi)")
+            if isinstance(term, L0 | TargetL0 | PreActivation) and not isinstance(self.activation, JumpReLU):
+                reject("losses", term, f"JumpReLU beside it, not {self.activation}")
+        kinds = [type(term) for term in self.losses]
+        if len(set(kinds)) < len(kinds):
+            reject("losses", self.losses, "at most one term of each kind")
+        if AuxK in kinds and PreActivation in kinds:
+            reject("losses", self.losses, "AuxK or PreActivation, not both")
+
+    def _check_structure(self) -> None:
+        check_number("n_sites", self.n_sites, integer=True, low=1)
+        for name in ("d_in", "d_out"):
+            if getattr(self, name) % self.n_sites:
+                reject(name, getattr(self, name), f"a multiple of n_sites ({self.n_sites})")
+        if not self.transcoder and self.d_out != self.d_in:
+            reject("transcoder", False, f"True where d_out ({self.d_out}) differs from d_in ({self.d_in})")
+        if self.skip and not self.transcoder:
+            reject("skip", True, "a transcoder: an autoencoder's would be the identity")
+        if self.subtract_b_dec and self.transcoder:
+            reject("subtract_b_dec", True, "False for a transcoder, whose b_dec is in its target's space")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; the inverse of :meth:`from_dict`."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        data["activation"] = _to_dict(self.activation)
-        data["losses"] = [_to_dict(term) for term in self.losses]
+        data["activation"] = to_dict(self.activation)
+        data["losses"] = [to_dict(term) for term in self.losses]
         return data
 
     @classmethod
@@ -216,32 +144,9 @@ class SAEConfig:
         """Rebuild a config from :meth:`to_dict`. Raises ValueError at unknown or missing keys."""
         check_type("config", data, dict, "a JSON object")
         known = {f.name for f in dataclasses.fields(cls)}
-        _check_keys("config", data, known, required={"d_in", "n_latents", "activation"})
+        check_keys("config", data, known, required={"d_in", "n_latents", "activation"})
         losses = data.get("losses", [])
         check_type("losses", losses, list, "a list of loss terms")
-        parsed = {"activation": _from_dict("activation", data["activation"])}
-        parsed["losses"] = tuple(_from_dict("losses", term) for term in losses)
+        parsed = {"activation": from_dict("activation", data["activation"])}
+        parsed["losses"] = tuple(from_dict("losses", term) for term in losses)
         return cls(**{**data, **parsed})
-
-
-def _to_dict(policy: Any) -> dict[str, Any]:
-    return {"type": type(policy).__name__, **dataclasses.asdict(policy)}
-
-
-def _from_dict(name: str, data: Any) -> Any:
-    check_type(name, data, dict, 'an object such as {"type": "TopK", "k": 32}')
-    fields = dict(data)
-    kind = fields.pop("type", None)
-    check_choice(f"{name}.type", kind, _BY_NAME)
-    _check_keys(name, fields, {f.name for f in dataclasses.fields(_BY_NAME[kind])}, required=set())
-    try:
-        return _BY_NAME[kind](**fields)
-    except TypeError as error:
-        raise BadType(f"{name}: got {data}, expected the fields of {kind}") from error
-
-
-def _check_keys(name: str, data: dict[str, Any], known: set[str], required: set[str]) -> None:
-    if unknown := sorted(set(data) - known):
-        reject(name, f"unknown keys {unknown}", f"keys among {sorted(known)}")
-    if missing := sorted(required - set(data)):
-        reject(name, f"no {missing}", f"the keys {sorted(required)}")

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from fastsae.autograd import Decode, Encode
+from fastsae.autograd import Decode, Encode, Jump, Step
 from fastsae.backends import Backend, resolve
 from fastsae.checks import check_type, reject
 from fastsae.code import SparseCode
-from fastsae.config import Activation, BatchTopK, JumpReLU, ReLU, TopK
-from fastsae.ops import wide_dtype
+from fastsae.ops import upcast, wide_dtype
+from fastsae.policies import Activation, BatchTopK, Gated, JumpReLU
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "gated", "jump"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -35,34 +35,37 @@ def encode(
         pre[n, m] = <x[n], W_enc[m]> + b_enc[m];   f = relu(pre) at the selected m, 0 elsewhere
 
     TopK: the k largest of each token. BatchTopK: the N * k largest of the batch; with a scalar ``threshold``,
-    all pre > threshold. JumpReLU: pre > threshold[m]. ReLU: pre > 0. Ties go to the lowest index; a
-    pre-activation of NaN ranks as +Inf and stays NaN. Never holds [N, M] (except ``reference``). Scores are
-    summed in fp32.
+    all pre > threshold. GroupMax: the largest of each of k groups. JumpReLU: pre > threshold[m]. ReLU: pre >
+    0. Ties go to the lowest index; a pre-activation of NaN ranks as +Inf and stays NaN. Never holds [N, M]
+    (except ``reference``). Scores are summed in fp32. MultiTopK, HierarchicalTopK and Matryoshka select as
+    after training.
 
     Args:
         x: [..., d_in]. Differentiable.
         W_enc: [M, d_in], contiguous, in x's dtype (or in bf16: fp32 tokens are then read as they are on a
             CPU, and rounded for a GPU's GEMM) and on its device. Differentiable.
         b_enc: [M] or None, in either dtype. Differentiable.
-        activation: TopK, BatchTopK, JumpReLU or ReLU.
+        activation: any of :mod:`fastsae.policies` but Gated, which has weights of its own (see :func:`gated`).
         threshold: [M] for JumpReLU (its ``threshold`` where None); a scalar for BatchTopK; else None. No
-        gradient.
-        subset: [S] int64, ascending: choose among these latents only (k becomes min(k, S)).
+            gradient, which :func:`jump` gives. Below 0 it lets entries pass that hold 0.
+        subset: [S] int64, ascending: choose among these latents only (k becomes min(k, S)); not of GroupMax.
         sparse_grad: give W_enc a row-sparse COO gradient, as ``nn.Embedding(sparse=True)`` does.
         backend: see :mod:`fastsae.backends`.
 
     Returns:
         SparseCode over M latents in x's dtype. TopK: min(k, M) entries a token, largest first; where
-        fewer are positive the rest hold 0 and get no gradient. Others: indices ascend within a token.
+        fewer are positive the rest hold 0 and get no gradient. Others: indices ascend within a token, of
+        GroupMax k of them.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that don't fit; k > M; an unusable backend.
 
     Source: Gao et al. 2024, arXiv 2406.04093.
     """
-    check_type(
-        "activation", activation, (TopK, BatchTopK, JumpReLU, ReLU), "TopK, BatchTopK, JumpReLU or ReLU"
-    )
+    check_type("activation", activation, get_args(Activation), "one of fastsae.policies, such as TopK(32)")
+    if isinstance(activation, Gated):
+        reject("activation", activation, "ReLU() for its gate, then functional.gated")
+    activation = activation.selection(training=False)
     x, W_enc, b_enc = _autocast(x, W_enc, b_enc)
     _check_weights("W_enc", W_enc, "b_enc", b_enc, W_enc.shape[:1] if isinstance(W_enc, Tensor) else None)
     check_input("x", x, W_enc)
@@ -71,7 +74,11 @@ def encode(
     if k > m:
         reject("k", k, f"an integer in 1..{m} (rows of W_enc)")
     rule, threshold = selection(activation, threshold, W_enc)
+    if rule == "groupmax" and m % k:
+        reject("k", k, f"a divisor of {m} (rows of W_enc)")
     if subset is not None:
+        if rule == "groupmax":
+            reject("subset", "latents", "None with GroupMax, whose groups are of all latents")
         check_subset(subset, W_enc)
         threshold = threshold[subset] if threshold is not None and threshold.ndim else threshold
         k = min(k, len(subset))
@@ -80,8 +87,62 @@ def encode(
         flat, W_enc, b_enc, threshold, subset, rule, k, resolve(backend, flat), sparse_grad
     )
     return SparseCode(
-        values, indices, offsets, m, tuple(x.shape[:-1]), per_token=k if rule == "topk" else None
+        values,
+        indices,
+        offsets,
+        m,
+        tuple(x.shape[:-1]),
+        per_token=k if rule in ("topk", "groupmax") else None,
     )
+
+
+def jump(code: SparseCode, log_threshold: Tensor, bandwidth: float) -> tuple[SparseCode, Tensor]:
+    """JumpReLU on what passed the lower edge of its band, with a straight-through gradient for thresholds.
+
+        f = pre * 1[pre > theta_m],   theta = exp(log_threshold)
+        grad_pre = grad_f * 1[pre > theta_m];   grad_theta_m = -(theta_m / bandwidth) * sum grad_f in the band
+
+    the band being |pre - theta_m| < bandwidth / 2. Entries below their threshold stay, at 0.
+
+    Args:
+        code: of :func:`encode` with JumpReLU and ``threshold = theta - bandwidth / 2``. Differentiable.
+        log_threshold: [M]. Differentiable.
+        bandwidth: width of the band.
+
+    Returns:
+        The code; and 1[f > 0] [capacity], whose gradient by theta is -1 / bandwidth in the band, for
+        penalties on the number of active latents.
+
+    Source: Rajamanoharan et al. 2024, arXiv 2407.14435, eq. 9-12.
+    """
+    stored, latents = _entries(code)
+    theta = log_threshold.exp()[latents]
+    values = torch.where(stored, code.values, 0)
+    active = torch.where(stored, Step.apply(values, theta, bandwidth), 0)
+    return code.with_values(torch.where(stored, Jump.apply(values, theta, bandwidth), 0)), active
+
+
+def gated(code: SparseCode, b_enc: Tensor, r_mag: Tensor, b_mag: Tensor) -> SparseCode:
+    """The magnitudes behind open gates.
+
+        f = relu(exp(r_mag[m]) * (pi - b_enc[m]) + b_mag[m]),   pi = <x, W_enc[m]> + b_enc[m] > 0
+
+    Args:
+        code: of :func:`encode` with ReLU: the gates' pi. Differentiable.
+        b_enc, r_mag, b_mag: [M]. Differentiable.
+
+    Source: Rajamanoharan et al. 2024, arXiv 2404.16014, eq. 7.
+    """
+    stored, m = _entries(code)
+    pi = torch.where(stored, upcast(code.values), 0)
+    magnitude = upcast(r_mag).exp()[m] * (pi - upcast(b_enc)[m]) + upcast(b_mag)[m]
+    return code.with_values(torch.where(stored, magnitude.relu(), 0).to(code.values.dtype))
+
+
+def _entries(code: SparseCode) -> tuple[Tensor, Tensor]:
+    """Which places of a code hold entries, [capacity] bool; their latents, 0 elsewhere, int64."""
+    stored = code.rows() < code.n_tokens
+    return stored, torch.where(stored, code.indices, 0).long()
 
 
 def decode(

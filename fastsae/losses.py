@@ -9,18 +9,25 @@ import torch
 from torch import Tensor
 
 from fastsae import functional as F
+from fastsae.autograd import NestedSquares
+from fastsae.backends import resolve
 from fastsae.code import SparseCode
-from fastsae.config import AuxK, TopK
 from fastsae.ops import upcast, wide_dtype
+from fastsae.policies import L1, AuxK, DecoderNormL1, Nested, Tanh, TopK
 
 __all__ = [
+    "Charge",
     "Spread",
     "auxk",
-    "decoder_norm_l1",
+    "charge",
+    "charge_slopes",
     "error_scale",
     "joined_spread",
+    "nested_reconstruction",
+    "pre_activation",
     "reconstruction",
     "row_norms",
+    "sparsity",
     "spread",
 ]
 
@@ -84,9 +91,10 @@ def error_scale(target: Tensor, kind: str) -> Tensor:
     return spread(target).scale(kind)
 
 
-def row_norms(W: Tensor) -> Tensor:
-    """||W[m]||, [M]."""
-    return torch.linalg.vector_norm(W, dim=1, dtype=torch.promote_types(W.dtype, torch.float32))
+def row_norms(W: Tensor, n_sites: int = 1) -> Tensor:
+    """||W[m]||, [M]; of a crosscoder the sum of the lengths of its ``n_sites`` parts."""
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    return torch.linalg.vector_norm(W.view(len(W), n_sites, -1), dim=2, dtype=dtype).sum(1)
 
 
 def reconstruction(x_hat: Tensor, target: Tensor, kind: str) -> Tensor:
@@ -119,8 +127,60 @@ def auxk(
     return term.coefficient * min(len(dead) / k, 1.0) * scale * missed.square().sum()
 
 
-def decoder_norm_l1(code: SparseCode, W_dec: Tensor, coefficient: float) -> Tensor:
-    """coefficient * mean_n sum_i f_i ||W_dec[i]||, 0-dim. See :class:`fastsae.DecoderNormL1`."""
+def nested_reconstruction(
+    code: SparseCode,
+    W_dec: Tensor,
+    error: Tensor,
+    nested: Nested,
+    scale: Tensor,
+    *,
+    sparse_grad: bool,
+    backend: str,
+) -> Tensor:
+    """scale * sum_g weights[g] ||e_g||^2, 0-dim: the errors of partial reconstructions of ``code``, by ``error``
+    [N, d_out], that of the last one. See :mod:`fastsae.nested`."""
+    chosen = resolve(backend, W_dec)
+    parts = code.values, W_dec, error, code.indices, code.offsets, nested, chosen, sparse_grad
+    return scale * NestedSquares.apply(*parts)
+
+
+Charge = L1 | DecoderNormL1 | Tanh
+"""Terms that are a sum over activations of a function of each and of its decoder row's length."""
+
+
+def charge(term: Charge, f: Tensor, lengths: Tensor) -> Tensor:
+    """What a term charges for activations ``f`` of latents whose decoder rows are ``lengths`` long, before its
+    coefficient: f (L1), f ||W_dec[i]|| (DecoderNormL1), tanh(scale f ||W_dec[i]||) (Tanh)."""
+    if isinstance(term, L1):
+        return f
+    return f * lengths if isinstance(term, DecoderNormL1) else (term.scale * f * lengths).tanh()
+
+
+def charge_slopes(term: Charge, f: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The derivatives of :func:`charge` by f and by the length."""
+    if isinstance(term, L1):
+        return torch.ones_like(f), torch.zeros_like(f)
+    if isinstance(term, DecoderNormL1):
+        return lengths.expand_as(f), f
+    slope = term.scale * (1 - (term.scale * f * lengths).tanh().square())
+    return slope * lengths, slope * f
+
+
+def sparsity(term: Charge, code: SparseCode, W_dec: Tensor, n_sites: int = 1) -> Tensor:
+    """coefficient * mean_n sum_i :func:`charge`, 0-dim."""
     stored = code.rows() < code.n_tokens
-    norms = row_norms(W_dec)[torch.where(stored, code.indices, 0).long()]
-    return coefficient * (torch.where(stored, upcast(code.values), 0) * norms).sum() / max(code.n_tokens, 1)
+    lengths = row_norms(W_dec, n_sites)[torch.where(stored, code.indices, 0).long()]
+    charged = charge(term, torch.where(stored, upcast(code.values), 0), lengths)
+    return term.coefficient * charged.sum() / max(code.n_tokens, 1)
+
+
+def pre_activation(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor, lengths: Tensor, latents: Tensor | None = None
+) -> Tensor:
+    """mean_n sum_i relu(theta_i - pre_i) lengths_i, 0-dim, over all latents or those where ``latents`` [M] bool.
+
+    Holds all scores of x [N, d_in]; the training step does not.
+    """
+    pre = torch.nn.functional.linear(upcast(x), upcast(W_enc), upcast(b_enc))
+    short = (theta - pre).relu() * lengths
+    return (short if latents is None else short * latents).sum() / max(len(x), 1)

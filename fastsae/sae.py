@@ -16,18 +16,29 @@ from fastsae import losses
 from fastsae.backends import Backend, resolve
 from fastsae.checks import BadValue, check_choice, check_type, reject
 from fastsae.code import SparseCode
-from fastsae.config import AuxK, BatchTopK, DecoderNormL1, JumpReLU, SAEConfig
+from fastsae.config import SAEConfig
 from fastsae.files import open_dictionary, write_dictionary
 from fastsae.formats import WEIGHT_FORMATS, join, split
-from fastsae.ops import upcast
+from fastsae.initial import INITIAL_ROWS, geometric_median, initial_rows
+from fastsae.nested import first_parts
+from fastsae.ops import upcast, wide_dtype
+from fastsae.policies import (
+    L0,
+    L1,
+    AuxK,
+    DecoderNormL1,
+    Gated,
+    JumpReLU,
+    Nested,
+    PreActivation,
+    Tanh,
+)
 from fastsae.shards import Rows
 
 __all__ = ["SAE", "TrainingOutput", "load"]
 
 _THRESHOLD_DECAY = 0.999
 _LONGEST = 2**31 - 1
-INITIAL_ROWS = 1024
-"""Rows whose initial weights come from one generator."""
 
 
 class TrainingOutput(NamedTuple):
@@ -39,25 +50,40 @@ class TrainingOutput(NamedTuple):
     losses: dict[str, Tensor]
 
 
+class Encoded(NamedTuple):
+    """What encoding gives: the code, and what W_enc multiplied.
+
+    active: JumpReLU while thresholds learn: see :func:`fastsae.functional.jump`.  gates: of Gated, the code of pi.
+    """
+
+    code: SparseCode
+    x: Tensor
+    active: Tensor | None = None
+    gates: SparseCode | None = None
+
+
 class SAE(nn.Module):
     """A sparse autoencoder (or transcoder, with a target) of ``config.n_latents`` features.
 
         code  = activation((normalise(x) - b_dec) W_enc^T + b_enc)      b_dec only if subtract_b_dec
-        x_hat = denormalise(sum_i f_i W_dec[i] + b_dec)
+        x_hat = denormalise(sum_i f_i W_dec[i] + b_dec)                 and a skip transcoder's skip
 
     A drop-in module: any leading shape in, the same out; inputs are raw, normalisation is inside. Decoder
     rows start as random directions (length 1, or 0.1 where the rows aren't kept at unit length), W_enc =
-    W_dec, biases 0. Where d_out differs from d_in, W_dec starts at 0 (random directions if kept at length 1).
+    W_dec, biases 0. A transcoder's W_dec starts at 0 (at random directions if kept at length 1).
 
     Attributes:
         W_enc, b_enc, W_dec, b_dec: [M, d_in], [M], [M, d_out], [d_out]; one row per latent.
+        log_threshold: [M], at least fp32; JumpReLU: log theta. ``threshold`` is then its exponential.
+        r_mag, b_mag: [M]; Gated: log scale and bias of magnitudes, beside the gates' b_enc.
+        W_skip: [d_out, d_in]; of a skip transcoder, which adds normalised x W_skip^T; starts at 0.
         weight_format: how W_enc and W_dec are held. "float32": in ``dtype``. "split32": as bf16 planes, which
             is what is multiplied, beside int16 buffers W_enc_remainder and W_dec_remainder that make each
             weight an exact fp32 number for the optimizer. "bfloat16": in bf16, where RowAdam rounds
             stochastically. In the latter two biases are fp32, and any floating input is taken.
         dtype: of the inputs that training casts to.
-        threshold: fp32 buffer; BatchTopK: 0-dim, -1 while unset; JumpReLU: [M].
-        norm_scale: fp32 0-dim buffer of "scalar" normalisation, -1 while unset.
+        threshold: fp32 0-dim buffer of BatchTopK, -1 while unset.
+        norm_scale: fp32 buffer of normalisation by a number, 0-dim, of a crosscoder [n_sites]; -1 while unset.
         tokens_seen: int64 0-dim buffer: tokens seen in training.
         silent_tokens: int32 [M] buffer: how many of them since each latent last fired, at most 2^31 - 1.
         backend: which backend runs the operators (see :mod:`fastsae.backends`).
@@ -106,12 +132,18 @@ class SAE(nn.Module):
             for name, width in (("W_enc", config.d_in), ("W_dec", config.d_out)):
                 rest = torch.empty(m, width, device=device, dtype=torch.int16)
                 self.register_buffer(f"{name}_remainder", rest)
-        if isinstance(config.activation, BatchTopK):
+        if config.activation.rule == "batchtopk":
             self.register_buffer("threshold", torch.empty((), device=device))
         elif isinstance(config.activation, JumpReLU):
-            self.register_buffer("threshold", torch.empty(m, device=device))
-        if config.normalization == "scalar":
-            self.register_buffer("norm_scale", torch.empty((), device=device))
+            self.log_threshold = nn.Parameter(torch.empty(m, device=device, dtype=wide_dtype(self.b_enc)))
+        elif isinstance(config.activation, Gated):
+            self.r_mag = nn.Parameter(torch.empty(m, device=device, dtype=bias))
+            self.b_mag = nn.Parameter(torch.empty(m, device=device, dtype=bias))
+        if config.skip:
+            self.W_skip = nn.Parameter(torch.empty(config.d_out, config.d_in, device=device, dtype=bias))
+        if self.scales_inputs:
+            shape = (config.n_sites,) if config.n_sites > 1 else ()
+            self.register_buffer("norm_scale", torch.empty(shape, device=device))
         self.register_buffer("silent_tokens", torch.empty(m, dtype=torch.int32, device=device))
         self.register_buffer("tokens_seen", torch.empty((), dtype=torch.int64, device=device))
         self.reset_parameters()
@@ -126,11 +158,14 @@ class SAE(nn.Module):
         if self.W_enc.is_meta:
             return
         seed = int(torch.randint(2**62, ())) if seed is None else seed
-        for tensor in (self.b_enc, self.b_dec, self.silent_tokens, self.tokens_seen):
-            tensor.zero_()
-        if isinstance(self.config.activation, BatchTopK | JumpReLU):
-            self.threshold.fill_(getattr(self.config.activation, "threshold", -1.0))
-        if self.config.normalization == "scalar":
+        for name, tensor in self.state_dict().items():
+            if name not in ("W_enc", "W_dec"):
+                tensor.zero_()
+        if self.config.activation.rule == "batchtopk":
+            self.threshold.fill_(-1)
+        if isinstance(self.config.activation, JumpReLU):
+            self.log_threshold.fill_(self.config.activation.threshold).log_()
+        if self.scales_inputs:
             self.unset_norm_scale_()
         for lo in range(0, self.config.n_latents, INITIAL_ROWS):
             hi = min(lo + INITIAL_ROWS, self.config.n_latents)
@@ -143,6 +178,16 @@ class SAE(nn.Module):
         return f"d_in={c.d_in}, n_latents={c.n_latents}, d_out={c.d_out}, activation={c.activation}"
 
     @property
+    def scales_inputs(self) -> bool:
+        """Whether inputs are multiplied by a stored number."""
+        return self.config.normalization not in ("none", "layer_norm")
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "threshold" and "log_threshold" in self._parameters:
+            return self.log_threshold.detach().exp()
+        return super().__getattr__(name)
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.W_enc.dtype if self.weight_format == "float32" else self._dtype
 
@@ -150,12 +195,15 @@ class SAE(nn.Module):
         # thresholds and the normalisation scalar stay fp32 when the module is cast, and all weights that are
         # in a format of their own; then only the dtype of inputs changes
         kept = [self._buffers.get(name) for name in ("threshold", "norm_scale")]
+        log_threshold = self._parameters.get("log_threshold")
         if self.weight_format != "float32":
             kept += self._parameters.values()
             self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
 
         def move(t: Tensor) -> Tensor:
             moved = fn(t)
+            if t is log_threshold and moved.dtype != wide_dtype(moved):
+                return t.to(moved.device, wide_dtype(moved))
             stays = moved.dtype != t.dtype and any(t is other for other in kept)
             return t.to(moved.device) if stays else moved
 
@@ -165,39 +213,54 @@ class SAE(nn.Module):
         """The sparse code of raw inputs [..., d_in].
 
         BatchTopK uses its threshold in ``eval()`` (the batch's own rule while unset), the batch in
-        ``train()``.
+        ``train()``. In ``train()`` a JumpReLU code also holds, at 0, the entries through which thresholds
+        learn.
         """
-        return self.encode_normalised(*self.normalise(x))[0]
+        return self.encode_normalised(*self.normalise(x)).code
 
     def encode_normalised(
-        self, x: Tensor, mean: Tensor | None, scale: Tensor | None
-    ) -> tuple[SparseCode, Tensor]:
-        """The sparse code of what :meth:`normalise` gave, and what W_enc multiplied to get it."""
+        self, x: Tensor, mean: Tensor | None, scale: Tensor | None, *, whole: bool = False
+    ) -> Encoded:
+        """The sparse code of what :meth:`normalise` gave; ``whole``: with all entries that the loss looks at."""
         encoder_input = (x - self.b_dec).to(x.dtype) if self.config.subtract_b_dec else x
-        code = F.encode(
-            encoder_input,
-            self.W_enc,
-            self.b_enc,
-            self.config.activation,
-            threshold=self.threshold_in_use(),
-            **self._options(),
-        )
+        rule, threshold = self.selection(whole)
+        code = F.encode(encoder_input, self.W_enc, self.b_enc, rule, threshold=threshold, **self._options())
         code.mean, code.scale = mean, scale
-        return code, encoder_input
+        if self.thresholds_learn():
+            code, active = F.jump(code, self.log_threshold, self.config.activation.bandwidth)
+            return Encoded(code, encoder_input, active=active)
+        if isinstance(self.config.activation, Gated):
+            return Encoded(F.gated(code, self.b_enc, self.r_mag, self.b_mag), encoder_input, gates=code)
+        return Encoded(code, encoder_input)
 
-    def threshold_in_use(self) -> Tensor | None:
-        """What encode compares with: BatchTopK's only in ``eval()`` and once set, JumpReLU's always."""
-        if "threshold" not in self._buffers:
-            return None
-        by_batch = isinstance(self.config.activation, BatchTopK)
-        return None if by_batch and (self.training or self.threshold < 0) else self.threshold
+    def selection(self, whole: bool = False) -> tuple[Any, Tensor | None]:
+        """The activation that the encode operator runs now, and what it compares with.
+
+        BatchTopK's threshold only in ``eval()`` and once set; JumpReLU's always, less half a bandwidth where
+        thresholds learn.
+        """
+        activation = self.config.activation.selection(whole and self.training)
+        if isinstance(activation, JumpReLU):
+            theta = self.log_threshold.detach().exp()
+            return activation, theta - activation.bandwidth / 2 if self.thresholds_learn() else theta
+        if activation.rule == "batchtopk" and not self.training and self.threshold >= 0:
+            return activation, self.threshold
+        return activation, None
+
+    def thresholds_learn(self) -> bool:
+        """Whether codes carry what JumpReLU's thresholds learn by: in ``train()``, unless they are frozen."""
+        jumps = isinstance(self.config.activation, JumpReLU)
+        return jumps and self.training and self.log_threshold.requires_grad
 
     def encode(self, x: Tensor) -> Tensor:
         """The dense code [..., n_latents] of raw inputs [..., d_in]; see :meth:`encode_sparse`."""
         return self.encode_sparse(x).to_dense()
 
     def decode(self, code: SparseCode | Tensor) -> Tensor:
-        """Raw reconstructions [..., d_out] of a SparseCode or of a dense code [..., n_latents]."""
+        """Raw reconstructions [..., d_out] of a SparseCode or of a dense code [..., n_latents].
+
+        Of a skip transcoder without the skip, which needs x: :meth:`forward` adds it.
+        """
         if isinstance(code, SparseCode):
             return self._restore(F.decode(code, self.W_dec, self.b_dec, **self._options()), code)
         F.check_input("code", code, self.W_dec, self.config.n_latents)
@@ -213,7 +276,20 @@ class SAE(nn.Module):
         self, x: Tensor, target: Tensor | None = None, return_loss: bool = False
     ) -> Tensor | TrainingOutput:
         """x_hat [..., d_out] of raw inputs; with ``return_loss``, what :meth:`training_forward` returns."""
-        return self.training_forward(x, target) if return_loss else self.decode(self.encode_sparse(x))
+        if return_loss:
+            return self.training_forward(x, target)
+        normalised = self.normalise(x)
+        code = self.encode_normalised(*normalised).code
+        return self._restore(self._reconstruct(code, normalised[0]), code)
+
+    def _reconstruct(self, code: SparseCode, x: Tensor) -> Tensor:
+        """x_hat in normalised space, with the skip of normalised x."""
+        x_hat = F.decode(code, self.W_dec, self.b_dec, **self._options())
+        return x_hat + self.skip(x) if self.config.skip else x_hat
+
+    def skip(self, x: Tensor) -> Tensor:
+        """x W_skip^T, of normalised x."""
+        return nn.functional.linear(x, self.W_skip.to(x.dtype))
 
     def training_forward(self, x: Tensor, target: Tensor | None = None) -> TrainingOutput:
         """Reconstruct ``target`` (x where None) and compute the loss of ``config`` in normalised space, in
@@ -222,45 +298,101 @@ class SAE(nn.Module):
             loss = reconstruction + sum of config.losses;  the terms by name in ``losses``, coefficients
             included
 
+        Where the loss is taken at several partial reconstructions, ``reconstruction`` is their weighted sum.
         AuxK works on the latents that were dead before this batch. In ``train()`` mode also counts which
-        latents fired and moves BatchTopK's threshold. "scalar" normalisation that is still unset is estimated
-        from ``x`` (see :meth:`calibrate_`, which takes a better sample).
+        latents fired and moves BatchTopK's threshold. A scalar of the normalisation that is still unset is
+        estimated from ``x`` (see :meth:`calibrate_`, which takes a better sample).
         """
         self.check_batch(x, target)
         if self.training:
             self.estimate_norm_scale_(x)
         normalised = self.normalise(x)
-        code, encoder_input = self.encode_normalised(*normalised)
-        x_hat = F.decode(code, self.W_dec, self.b_dec, **self._options())
+        found = self.encode_normalised(*normalised, whole=True)
+        x_hat = self._reconstruct(found.code, normalised[0])
+        goal = self.normalise_target(target, *normalised).reshape(-1, self.config.d_out)
+        nested = self._nested()
+        if nested is None:
+            main, main_hat = found.code, x_hat
+        else:
+            main = self.main_part(found.code)
+            last = nested.main == len(nested.ends) - 1
+            main_hat = x_hat if last else self._reconstruct(main, normalised[0])
         dead = self.dead_mask()
+        never = self.dead_mask(self._pre_activation_after())
         if self.training:
-            self.count_firing_(code)
-        flat_hat = x_hat.reshape(-1, x_hat.shape[-1])
-        flat_target = self.normalise_target(target, *normalised).reshape(-1, x_hat.shape[-1])
-        terms = {"reconstruction": losses.reconstruction(flat_hat, flat_target, self.config.reconstruction)}
-        for term in self.config.losses:
+            self.count_firing_(main)
+        terms = self._terms(found, x_hat.reshape(goal.shape), main_hat.reshape(goal.shape), goal, dead, never)
+        return TrainingOutput(
+            self._restore(main_hat, main), main, torch.stack([*terms.values()]).sum(), terms
+        )
+
+    def _terms(
+        self, found: Encoded, x_hat: Tensor, main_hat: Tensor, goal: Tensor, dead: Tensor, never: Tensor
+    ) -> dict[str, Tensor]:
+        """Every term of the loss by name, in the order of ``config.losses``.
+
+        x_hat, main_hat: the decode of all entries, and of those that :meth:`decode` would see.
+        """
+        config, options, terms = self.config, self._options(), {}
+        scale = losses.error_scale(goal, config.reconstruction)
+        if (nested := self._nested()) is None:
+            terms["reconstruction"] = losses.reconstruction(x_hat, goal, config.reconstruction)
+        else:
+            error = upcast(x_hat) - upcast(goal)
+            terms["reconstruction"] = losses.nested_reconstruction(
+                found.code, self.W_dec, error, nested, scale, **options
+            )
+        if found.gates is not None:
+            frozen = F.decode(found.gates, self.W_dec.detach(), self.b_dec.detach(), backend=self.backend)
+            missed = upcast(frozen.reshape(goal.shape)) - upcast(goal)
+            terms["gated_aux"] = config.activation.aux_coefficient * scale * missed.square().sum()
+        x = found.x.reshape(-1, config.d_in)
+        for term in config.losses:
             if isinstance(term, AuxK):
+                missed = upcast(goal) - upcast(main_hat.detach())
+                weights = self.W_enc, self.b_enc, self.W_dec
                 terms[term.name] = losses.auxk(
-                    upcast(flat_target) - upcast(flat_hat.detach()),
-                    encoder_input.reshape(-1, self.config.d_in),
-                    dead.nonzero().flatten(),
-                    self.W_enc,
-                    self.b_enc,
-                    self.W_dec,
-                    term,
-                    losses.error_scale(flat_target, self.config.reconstruction),
-                    **self._options(),
+                    missed, x, dead.nonzero().flatten(), *weights, term, scale, **options
                 )
-            elif isinstance(term, DecoderNormL1):
-                terms[term.name] = losses.decoder_norm_l1(code, self.W_dec, term.coefficient)
-        return TrainingOutput(self._restore(x_hat, code), code, torch.stack([*terms.values()]).sum(), terms)
+            elif isinstance(term, L1 | DecoderNormL1 | Tanh):
+                charged = found.code if found.gates is None else found.gates
+                terms[term.name] = losses.sparsity(term, charged, self.W_dec, config.n_sites)
+            elif isinstance(term, PreActivation):
+                short = losses.pre_activation(
+                    x, self.W_enc, self.b_enc, self.log_threshold.exp(),
+                    losses.row_norms(self.W_dec, config.n_sites), None if term.dead_after is None else never,
+                )  # fmt: skip
+                terms[term.name] = term.coefficient * short
+            else:
+                counted = found.code.values > 0 if found.active is None else found.active
+                l0 = counted.sum() / max(found.code.n_tokens, 1)
+                terms[term.name] = term.coefficient * (
+                    l0 if isinstance(term, L0) else (l0 / term.target - 1).square()
+                )
+        return terms
+
+    def _nested(self) -> Nested | None:
+        return self.config.activation.nested(self.config.n_latents)
+
+    def main_part(self, code: SparseCode) -> SparseCode:
+        """Of a code with all entries that the loss looks at, those that :meth:`decode` is to see."""
+        nested = self._nested()
+        if nested is None or nested.main == len(nested.ends) - 1:
+            return code
+        kept = first_parts(code.indices, code.offsets, nested)
+        k = nested.ends[nested.main]
+        offsets = torch.arange(code.n_tokens + 1, device=code.offsets.device) * k
+        return SparseCode(
+            code.values[kept], code.indices[kept], offsets, code.n_latents, code.leading, per_token=k,
+            mean=code.mean, scale=code.scale,
+        )  # fmt: skip
 
     def check_batch(self, x: Tensor, target: Tensor | None) -> None:
         """Raise unless ``x`` can be encoded and ``target`` be what its reconstruction is compared with."""
         F.check_input("x", x, self.W_enc)
         if target is None:
-            if self.config.d_out != self.config.d_in:
-                reject("target", None, f"a tensor [..., {self.config.d_out}], since d_out differs from d_in")
+            if self.config.transcoder:
+                reject("target", None, f"a tensor [..., {self.config.d_out}], as for any transcoder")
             return
         F.check_input("target", target, self.W_dec)
         if target.shape[:-1] != x.shape[:-1]:
@@ -272,8 +404,8 @@ class SAE(nn.Module):
         """The target in the space of the loss, under x's own normalisation: x itself where it is None."""
         if target is None:
             return x
-        if self.config.normalization == "scalar":
-            return (target * self.norm_scale).to(target.dtype)
+        if self.scales_inputs:
+            return (target * self._scale(self.config.d_out)).to(target.dtype)
         if mean is None or scale is None:
             return target
         flat = upcast(target).reshape(-1, target.shape[-1])
@@ -283,8 +415,8 @@ class SAE(nn.Module):
     def calibrate_(self, x: Tensor) -> SAE:
         """Set what is estimated from data once, before training, from a sample ``x`` [n, d_in].
 
-        "scalar" normalisation: norm_scale = sqrt(d_in / mean ||x||^2). With ``subtract_b_dec``: b_dec = the
-        geometric median of the normalised sample (Weiszfeld's iteration).
+        norm_scale, as ``config.normalization`` says. With ``subtract_b_dec``: b_dec = the geometric median of
+        the normalised sample (Weiszfeld's iteration).
         """
         F.check_input("x", x, self.W_enc)
         flat = x.reshape(-1, x.shape[-1])
@@ -292,19 +424,25 @@ class SAE(nn.Module):
             reject("x", "a sample that is empty or holds NaN or Inf", "finite activations [n, d_in]")
         self.estimate_norm_scale_(flat, again=True)
         if self.config.subtract_b_dec:
-            self.b_dec.copy_(_geometric_median(upcast(self.normalise(flat)[0])))
+            self.b_dec.copy_(geometric_median(upcast(self.normalise(flat)[0])))
         return self
 
     @torch.no_grad()
     def estimate_norm_scale_(self, x: Tensor, again: bool = False) -> None:
-        """Set "scalar" normalisation's norm_scale from ``x`` where it is still unset (or ``again``)."""
-        if self.config.normalization != "scalar" or (self.norm_scale_is_set() and not again):
+        """Set norm_scale from ``x`` where inputs are scaled and it is still unset (or ``again``)."""
+        if not self.scales_inputs or (self.norm_scale_is_set() and not again):
             return
         F.check_input("x", x, self.W_enc)
-        power = upcast(x).reshape(-1, x.shape[-1]).square().sum(1).mean()
-        if not power > 0 or not power.isfinite():
-            reject("x", f"a sample with mean ||x||^2 = {power.item():g}", "one that isn't zero, NaN or Inf")
-        self.norm_scale.copy_((self.config.d_in / power).sqrt())
+        sites = upcast(x).reshape(-1, self.config.n_sites, self.config.d_in // self.config.n_sites)
+        lengths = torch.linalg.vector_norm(sites, dim=2)  # [n, n_sites]
+        kind = self.config.normalization
+        size = lengths.mean(0) if kind == "mean_norm" else lengths.square().mean(0).sqrt()
+        if not (size > 0).all() or not size.isfinite().all():
+            got = f"a sample whose mean ||x|| is {size.tolist()}" if kind == "mean_norm" else None
+            got = got or f"a sample with mean ||x||^2 = {', '.join(f'{s * s:g}' for s in size.tolist())}"
+            reject("x", got, "one that isn't zero, NaN or Inf")
+        wanted = 1.0 if kind == "unit_scalar" else sites.shape[2] ** 0.5
+        self.norm_scale.copy_((wanted / size).view(self.norm_scale.shape))
 
     @torch.no_grad()
     def count_firing_(self, code: SparseCode, proceed: Tensor | None = None) -> None:
@@ -323,13 +461,21 @@ class SAE(nn.Module):
         self.silent_tokens.clamp_max_(_LONGEST - code.n_tokens).add_(n)
         since = torch.where(fired, 0, _LONGEST).to(torch.int32)
         self.silent_tokens.scatter_reduce_(0, torch.where(fired, code.indices, 0).long(), since, "amin")
-        if isinstance(self.config.activation, BatchTopK) and len(fired):
+        if self.config.activation.rule == "batchtopk" and len(fired):
             smallest = torch.where(fired, code.values, torch.inf).min().float()
             batches = self.tokens_seen / code.n_tokens  # as if all were of this size; with this one
             decay = (batches / (batches + 9)).clamp_max(_THRESHOLD_DECAY)
             moved = decay * self.threshold + (1 - decay) * smallest
             moved = torch.where(self.threshold < 0, smallest, moved)
             self.threshold.copy_(torch.where(smallest < torch.inf, moved, self.threshold))
+
+    @torch.no_grad()
+    def count_fired_(self, fired: Tensor, n_tokens: int, proceed: Tensor) -> None:
+        """:meth:`count_firing_` of a batch of which only is known which latents ``fired`` [M] bool."""
+        n = n_tokens * proceed
+        self.tokens_seen += n
+        self.silent_tokens.clamp_max_(_LONGEST - n_tokens).add_(n)
+        self.silent_tokens.masked_fill_(fired & proceed, 0)
 
     def dead_mask(self, dead_after: int | None = None) -> Tensor:
         """Which latents haven't fired for ``dead_after`` tokens (AuxK's own where None), [M] bool."""
@@ -338,6 +484,9 @@ class SAE(nn.Module):
                 (t.dead_after for t in self.config.losses if isinstance(t, AuxK)), AuxK().dead_after
             )
         return self.silent_tokens >= dead_after
+
+    def _pre_activation_after(self) -> int | None:
+        return next((t.dead_after for t in self.config.losses if isinstance(t, PreActivation)), None)
 
     def dead_latents(self, dead_after: int | None = None) -> Tensor:
         """The latents of :meth:`dead_mask`, ascending int64."""
@@ -473,8 +622,8 @@ class SAE(nn.Module):
         F.check_input("x", x, self.W_enc)
         if self.config.normalization == "none":
             return x, None, None
-        if self.config.normalization == "scalar":
-            return (x * self._scale()).to(x.dtype), None, None
+        if self.scales_inputs:
+            return (x * self._scale(self.config.d_in)).to(x.dtype), None, None
         wide = upcast(x)
         mean = wide.mean(-1, keepdim=True)
         # torch's std warns of no tokens
@@ -483,12 +632,12 @@ class SAE(nn.Module):
         return ((wide - mean) / scale).to(x.dtype), mean.reshape(-1, 1), scale.reshape(-1, 1)
 
     def norm_scale_is_set(self) -> bool:
-        """Whether "scalar" normalisation has its scale; asks the device only until it has."""
-        self._norm_scale_set = self._norm_scale_set or bool(self.norm_scale >= 0)
+        """Whether inputs' scale has been set; asks the device only until it has."""
+        self._norm_scale_set = self._norm_scale_set or bool((self.norm_scale >= 0).all())
         return self._norm_scale_set
 
     def unset_norm_scale_(self) -> None:
-        """Let "scalar" normalisation's scale be estimated anew from the next training batch."""
+        """Let the inputs' scale be estimated anew from the next training batch."""
         self.norm_scale.fill_(-1)
         self._norm_scale_set = False
 
@@ -496,16 +645,18 @@ class SAE(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._norm_scale_set = False
 
-    def _scale(self) -> Tensor:
+    def _scale(self, width: int) -> Tensor:
+        """norm_scale: 0-dim, or of a crosscoder for each of ``width`` columns."""
         if not self.norm_scale_is_set():
             raise BadValue(
                 "norm_scale: got no value yet, expected sae.calibrate_(sample) or a training step first"
             )
-        return self.norm_scale
+        scale = self.norm_scale
+        return scale.repeat_interleave(width // len(scale)) if scale.ndim else scale
 
     def _restore(self, x_hat: Tensor, code: SparseCode | None) -> Tensor:
-        if self.config.normalization == "scalar":
-            return (x_hat / self._scale()).to(x_hat.dtype)
+        if self.scales_inputs:
+            return (x_hat / self._scale(self.config.d_out)).to(x_hat.dtype)
         if self.config.normalization == "none":
             return x_hat
         if code is None or code.mean is None or code.scale is None:
@@ -523,33 +674,3 @@ def load(
 ) -> SAE:
     """Load a dictionary from a folder that :meth:`SAE.save` or a training run wrote."""
     return SAE.load(path, device=device, dtype=dtype, weight_format=weight_format)
-
-
-def initial_rows(
-    config: SAEConfig, lo: int, hi: int, seed: int, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """Rows lo..hi of the initial W_enc and W_dec, fp32: the same for a seed, however they are asked for.
-
-    (On a CPU and on a GPU they differ, as torch's generators do.) See :class:`SAE` for what they are.
-    """
-    generator, blocks = torch.Generator(device), []
-    for block in range(lo // INITIAL_ROWS, -(-hi // INITIAL_ROWS)):
-        generator.manual_seed((seed + block * 0x9E3779B97F4A7C15) % 2**63)
-        sizes = (config.d_in,) if config.d_in == config.d_out else (config.d_in, config.d_out)
-        drawn = (torch.randn(INITIAL_ROWS, d, generator=generator, device=device) for d in sizes)
-        unit = [nn.functional.normalize(rows, dim=1) for rows in drawn]
-        first = block * INITIAL_ROWS
-        blocks.append([rows[max(lo - first, 0) : hi - first] for rows in unit])
-    enc, *rest = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-    length = 1.0 if config.unit_norm_decoder else 0.1
-    dec = enc * length if not rest else rest[0] if config.unit_norm_decoder else torch.zeros_like(rest[0])
-    return enc * length, dec
-
-
-def _geometric_median(x: Tensor, iterations: int = 30) -> Tensor:
-    """The point with the least sum of distances to the rows of x [n, D], by Weiszfeld's iteration."""
-    median = x.mean(0)
-    for _ in range(iterations):
-        weight = 1 / (x - median).norm(dim=1).clamp_min(1e-6)
-        median = (weight[:, None] * x).sum(0) / weight.sum()
-    return median

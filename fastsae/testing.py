@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastsae import ops
 from fastsae.code import SparseCode
-from fastsae.config import Activation, BatchTopK, TopK
+from fastsae.policies import Activation, BatchTopK, TopK
 
 __all__ = [
     "ADVERSARIAL",

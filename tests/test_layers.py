@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From low to high. A new module of fastsae/ gets its place here, or fails.
 LAYERS = (
     "checks",
+    "policies",
     "config",
     "shards",
     "files",
@@ -21,9 +22,11 @@ LAYERS = (
     "ops",
     "formats",
     "backends",
+    "nested",
     "autograd",
     "functional",
     "losses",
+    "initial",
     "sae",
     "data",
     "evaluate",
@@ -34,7 +37,7 @@ LAYERS = (
     "cli",
     "__main__",
 )
-TESTING_IMPORTS = {"checks", "config", "code", "ops", "functional"}
+TESTING_IMPORTS = {"checks", "policies", "code", "ops", "functional"}
 OUTSIDE = {"testing", "kernels", "benchmarks", "_cuda"}  # ruled one by one below
 # Function-level imports that go up: the lazy backends. The command line is on top of everything anyway.
 LAZY = {("ops", "backends")}

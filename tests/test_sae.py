@@ -50,15 +50,15 @@ def assert_state(sae, expected):
         assert_same(t, expected[name], name)
 
 
-def dense_code(scores, activation):
-    """relu(scores) where the rule keeps them."""
+def dense_code(scores, activation, threshold=0):
+    """relu(scores) where the rule keeps them; ``threshold`` is JumpReLU's."""
     if isinstance(activation, TopK):
         kept = torch.zeros_like(scores).scatter(1, scores.topk(activation.k, dim=1).indices, 1)
     elif isinstance(activation, BatchTopK):
         places = scores.flatten().topk(activation.k * len(scores)).indices
         kept = torch.zeros_like(scores.flatten()).scatter(0, places, 1).view_as(scores)
     else:
-        kept = scores > getattr(activation, "threshold", 0)
+        kept = scores > threshold
     return scores.relu() * kept
 
 
@@ -84,7 +84,8 @@ def test_forward_is_the_formula(exact_backend, activation, subtract, normalizati
     )
     x = data(N, D).double()
     inner, back = normalised(sae, x)
-    z = dense_code(pre_acts(inner - sae.b_dec if subtract else inner, sae.W_enc, sae.b_enc), activation)
+    scores = pre_acts(inner - sae.b_dec if subtract else inner, sae.W_enc, sae.b_enc)
+    z = dense_code(scores, activation, sae.threshold if isinstance(activation, JumpReLU) else 0)
     close = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(sae.encode(x), z, **close)
     torch.testing.assert_close(sae.encode_sparse(x).to_dense(), z, **close)
@@ -411,11 +412,13 @@ def test_batchtopk_encodes_by_the_batch_in_training_and_by_its_threshold_after()
 
 
 def test_jumprelu_has_a_threshold_per_latent():
-    sae = make(JumpReLU(0.25))
-    assert sae.threshold.tolist() == [0.25] * M
-    sae.threshold.copy_(torch.linspace(0, 2, M))
+    sae = SAE(SAEConfig(D, M, JumpReLU(0.25)))
+    torch.testing.assert_close(sae.threshold, torch.full((M,), 0.25), rtol=1e-6, atol=0)
+    with torch.no_grad():
+        sae.log_threshold.copy_(torch.linspace(0, 2, M).log())
     x = data(N, D)
     scores = pre_acts(x, sae.W_enc, sae.b_enc)
+    assert sae.threshold[0] == 0
     assert_same(sae.encode(x), torch.where(scores > sae.threshold, scores, 0))
 
 
@@ -521,7 +524,9 @@ def test_any_dtype(dtype, normalization, activation):
     assert out.x_hat.dtype == out.code.values.dtype == dtype
     assert {t.dtype for t in (out.loss, *out.losses.values())} == {wide}
     out.loss.backward()
-    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in sae.parameters())
+    for name, p in sae.named_parameters():
+        assert p.grad.dtype == (wide if name == "log_threshold" else dtype)
+        assert p.grad.isfinite().all()
     for name in ("threshold", "norm_scale"):
         assert name not in sae.state_dict() or sae.state_dict()[name].dtype == torch.float32
     full = sae.full_precision("W_dec")

@@ -39,7 +39,8 @@ def encode(
         pre[n, m] = <x[n], W_enc[m]> + b_enc[m]
         "topk":       the k largest of each row, by (value descending, index ascending), in that order
         "batchtopk":  the N * k largest of all, ties by n * M + m; in order of n, then m
-        "threshold":  pre > max(threshold, 0), threshold scalar or [M]; in order of n, then m
+        "groupmax":   the largest of each of k groups of M / k neighbours, lowest index first; in order of m
+        "threshold":  pre > threshold, scalar or [M]; in order of n, then m
 
     A score of NaN ranks as +Inf. ``subset`` [S] int64, ascending, confines the choice to those latents (k
     becomes min(k, S)). Returns relu(selected) [P] in x's dtype, indices [P] int32, offsets [N + 1] int64.
@@ -55,12 +56,16 @@ def encode(
     if rule == "topk":
         columns = rank.argsort(dim=1, descending=True, stable=True)[:, :k].flatten()
         rows = torch.arange(n, device=x.device).repeat_interleave(k)
+    elif rule == "groupmax":
+        best = rank.view(n, k, -1).argsort(dim=2, descending=True, stable=True)[:, :, 0]
+        columns = (best + torch.arange(0, m, m // k, device=x.device)).flatten()
+        rows = torch.arange(n, device=x.device).repeat_interleave(k)
     elif rule == "batchtopk":
         flat = rank.flatten().argsort(descending=True, stable=True)[: n * k].sort().values
         rows, columns = flat // max(m, 1), flat % max(m, 1)
     else:
         assert threshold is not None
-        rows, columns = (rank > upcast(threshold).clamp_min(0)).nonzero(as_tuple=True)
+        rows, columns = (rank > upcast(threshold)).nonzero(as_tuple=True)
     counts = torch.bincount(rows, minlength=n)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     indices = columns if subset is None else subset[columns]

@@ -61,16 +61,16 @@ def encode(
     """See :func:`fastsae.backends.reference.encode`. At most BLOCK_SCORES scores are in memory at a time."""
     narrow, x, latents = x.dtype, upcast(x), _Latents(W_enc, b_enc, subset)
     m = len(latents)
-    if rule == "topk":
-        blocks = [_encode_topk(part, latents, min(k, m)) for part in x.split(MAX_TOKENS)]
+    if rule in ("topk", "groupmax"):
+        choose = _encode_topk if rule == "topk" else _encode_groupmax
+        blocks = [choose(part, latents, min(k, m)) for part in x.split(MAX_TOKENS)]
         values, columns = (torch.cat(parts).flatten() for parts in zip(*blocks, strict=True))
         offsets = torch.arange(x.shape[0] + 1, device=x.device) * min(k, m)
     elif rule == "batchtopk":
         values, columns, offsets = _encode_batchtopk(x, latents, x.shape[0] * min(k, m))
     else:
         assert threshold is not None
-        cut = upcast(threshold).clamp_min(0)
-        values, columns, offsets = _encode_threshold(x, latents, cut)
+        values, columns, offsets = _encode_threshold(x, latents, upcast(threshold))
     indices = columns if subset is None else subset[columns.long()]
     return values.relu().to(narrow), indices.int(), offsets
 
@@ -198,6 +198,36 @@ def _best_of_few(x: Tensor, latents: _Latents, k: int) -> tuple[Tensor, Tensor]:
         columns = rank.argsort(dim=1, descending=True, stable=True)
     columns = columns[:, :k]
     return scores.gather(1, columns), columns.int()
+
+
+def _encode_groupmax(x: Tensor, latents: _Latents, k: int) -> tuple[Tensor, Tensor]:
+    """The largest of each of k groups of neighbours, which blocks of columns may cut."""
+    n, size = x.shape[0], len(latents) // k
+    values, columns = x.new_empty(n, k), torch.zeros(n, k, dtype=torch.int32, device=x.device)
+    best = x.new_full((n, k), -torch.inf)
+    width = _block_width(*x.shape)
+    for lo, scores in latents.blocks(x, width // size * size or width):
+        hi = lo + scores.shape[1]
+        for group in range(lo // size, -(-hi // size)) if width < size else ():
+            part = scores[:, max(group * size - lo, 0) : (group + 1) * size - lo]
+            _keep_best(part, slice(group, group + 1), max(group * size, lo), size, best, values, columns)
+        if width >= size:
+            _keep_best(scores, slice(lo // size, hi // size), lo, size, best, values, columns)
+    return values, columns
+
+
+def _keep_best(scores, groups, first, size, best, values, columns) -> None:
+    """Put the largest of each of ``groups``, whose scores are given from column ``first`` on, in its place
+    unless what is there is as large."""
+    n, count = len(scores), groups.stop - groups.start
+    found, where = _rank(scores).view(n, count, -1).max(dim=2)
+    where = where + torch.arange(count, device=scores.device) * size
+    better = found > best[:, groups]
+    if first % size == 0:  # of -Inf alone the first is kept
+        better = torch.ones_like(better)
+    best[:, groups] = torch.where(better, found, best[:, groups])
+    values[:, groups] = torch.where(better, scores.gather(1, where), values[:, groups])
+    columns[:, groups] = torch.where(better, (where + first).int(), columns[:, groups])
 
 
 def _candidates(

@@ -223,17 +223,31 @@ class RowAdam(torch.optim.Optimizer):
             )
 
     @torch.no_grad()
-    def update_rows_(self, param: Tensor, rows: Tensor | None, grad: Tensor) -> None:
-        """Step the given rows of ``param`` (ascending int64; None: all) by their gradients [rows, ...]."""
+    def update_rows_(
+        self,
+        param: Tensor,
+        rows: Tensor | None,
+        grad: Tensor | Callable[[int, int], Tensor],
+        span: tuple[int, int] | None = None,
+    ) -> None:
+        """Step the given rows of ``param`` (ascending int64; None: all) by their gradients [rows, ...].
+
+        ``grad(lo, hi)`` in place of a tensor makes those of rows[lo:hi]: never more of them exist than are
+        updated at a time. With ``span`` the call is about the rows lo..hi alone, of which mode "dense" moves
+        every one.
+        """
         dense = self._group(param)["mode"] == "dense"
         clock = self._clocks[id(self._group(param))]
+        made = grad if callable(grad) else lambda lo, hi: grad[lo:hi]
+        first, last = (0, param.shape[0] if param.ndim else 1) if span is None else span
         if rows is None or dense:
-            for lo, hi in self._blocks(param):
-                part = grad[lo:hi] if rows is None else _block_of(param, rows, grad, lo, hi)
+            for lo, hi in self._blocks(param, last - first):
+                lo, hi = lo + first, hi + first
+                part = made(lo - first, hi - first) if rows is None else _block_of(param, rows, made, lo, hi)
                 self._update(param, clock, *self._tensors(param, lo, hi), None, part, lo)
         else:
             for lo, hi in self._blocks(param, len(rows)):
-                self._update(param, clock, *self._tensors(param), rows[lo:hi], grad[lo:hi])
+                self._update(param, clock, *self._tensors(param), rows[lo:hi], made(lo, hi))
 
     def end_step_(self) -> None:
         """Add this step's learning rate to what idle rows owe."""
@@ -374,10 +388,12 @@ def _check_group(group: dict) -> None:
 
 def _groups(params: nn.Module | Iterable) -> Iterable:
     if isinstance(params, SAE):
+        by_rows = {id(p) for p in (params.W_enc, params.b_enc, params.W_dec)}
+        rest = [p for p in params.parameters() if id(p) not in by_rows]
         return [
             {"params": [params.W_enc, params.b_enc], "row_sparse": True},
             {"params": [params.W_dec], "row_sparse": True, "unit_norm": params.config.unit_norm_decoder},
-            {"params": [params.b_dec]},
+            {"params": rest, "row_sparse": False},
         ]
     return params.parameters() if isinstance(params, nn.Module) else params
 
@@ -414,12 +430,12 @@ def _check_state(index: int, state: dict[str, Tensor], param: Tensor, kind: str)
             reject("state_dict", f"{name} of parameter {index}: {got}", want)
 
 
-def _block_of(param: Tensor, rows: Tensor, grad: Tensor, lo: int, hi: int) -> Tensor:
+def _block_of(param: Tensor, rows: Tensor, grad: Callable[[int, int], Tensor], lo: int, hi: int) -> Tensor:
     """The gradients of rows lo..hi, 0 for those that ``rows`` doesn't name."""
     first, last = torch.searchsorted(rows, torch.tensor([lo, hi], device=rows.device)).tolist()
     block = torch.zeros(hi - lo, *param.shape[1:], dtype=wide_dtype(param), device=param.device)
     if last > first:
-        block[rows[first:last] - lo] = grad[first:last].to(block.dtype)
+        block[rows[first:last] - lo] = grad(first, last).to(block.dtype).view(-1, *param.shape[1:])
     return block
 
 

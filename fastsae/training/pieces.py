@@ -1,22 +1,37 @@
-"""A step's batches: what is kept of each, and how they are joined."""
+"""A step's batches: what is kept of each, and how they are joined.
+
+A loss may look at several reconstructions of a token: that of its code; of Gated's gates; of the dead latents,
+of what the code missed (AuxK). Each has a code and an error of its own, and stands in a row of its own: that
+of token n in the s-th set is row s N + n. So one pass over the rows of the weights serves all.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fastsae import functional as F
-from fastsae import losses
+from fastsae import losses, nested
 from fastsae.backends import resolve
 from fastsae.code import SparseCode
-from fastsae.config import AuxK, DecoderNormL1
 from fastsae.ops import upcast
+from fastsae.policies import AuxK, Gated
 from fastsae.sae import SAE
 
-__all__ = ["Forward", "Piece", "auxk_term", "forward_piece", "join", "largest"]
+__all__ = [
+    "Code",
+    "Forward",
+    "Piece",
+    "auxk_term",
+    "charges_of",
+    "fill",
+    "join",
+    "largest",
+    "prepare",
+]
 
 _ops = torch.ops.fastsae
 
@@ -28,67 +43,107 @@ Code = tuple[Tensor, Tensor, Tensor]
 class Piece:
     """What a step needs of one batch of N tokens.
 
-    code: of the tokens.  second: AuxK's, None where nothing is dead.  x: [N, d_in] what W_enc multiplies.
-    error, missed: [N, d_out] what the code's decode, and then the second's, is off the target.
-    finite: whether the input is.
-    squares, peaks: [1], with AuxK [2]: sum and maximum over tokens of ||error||^2, and of ||missed||^2.
-    magnitude, largest: the sum of |values| of both codes; max |x|.
-    spread: of the target.  norms: DecoderNormL1's term, unscaled.  l0: its mean.
+    x: [N, d_in] what W_enc multiplies.  normalised: what W_skip does, None without it.
+    finite: whether the input is.  spread: of the target.  largest: max |x|.
+    codes, errors: by set; the error [N, d_out] is how far the code's decode is off its target. A batch that was
+    made densely keeps no codes.
+    squares, peaks: [sets] the sum and the maximum over tokens of ||error||^2.  main_squares: the sum for what
+    decode gives.
+    magnitude: the sum of |values| of all codes.  l0: mean.  charges: by term, unscaled means.
+    fired: [M] bool, only of a batch that was made densely.
     """
 
-    code: SparseCode
-    second: Code | None
     x: Tensor
-    error: Tensor
-    missed: Tensor | None
+    normalised: Tensor | None
     finite: Tensor
-    squares: Tensor
-    peaks: Tensor
-    magnitude: Tensor
-    largest: Tensor
     spread: losses.Spread
-    norms: Tensor | None
-    l0: Tensor
+    largest: Tensor
+    codes: list[Code] = field(default_factory=list)
+    errors: list[Tensor] = field(default_factory=list)
+    squares: Tensor = None  # type: ignore[assignment]  # set once it is known
+    peaks: Tensor = None  # type: ignore[assignment]
+    main_squares: Tensor = None  # type: ignore[assignment]
+    magnitude: Tensor = None  # type: ignore[assignment]
+    l0: Tensor = None  # type: ignore[assignment]
+    charges: dict[str, Tensor] = field(default_factory=dict)
+    fired: Tensor | None = None
 
     @property
     def entries(self) -> int:
-        """Places of both codes."""
-        return len(self.code.values) + (0 if self.second is None else len(self.second[0]))
+        """Places of all codes."""
+        return sum(len(code[0]) for code in self.codes)
 
 
-def forward_piece(
-    sae: SAE, x: Tensor, target: Tensor | None, dead: Tensor | None, *, alone: bool = True
-) -> Piece:
-    """Encode and decode one batch, and with ``dead`` [M] bool the dead latents' code of its error.
+def prepare(sae: SAE, x: Tensor, target: Tensor | None, *, alone: bool) -> tuple[Piece, Tensor]:
+    """A batch in the space of the loss, nothing encoded yet; and the target that is left to the codes.
 
     ``alone``: no other batch is to be joined with it, which spares a little work.
     """
-    config, backend = sae.config, resolve(sae.backend, sae.W_enc)
+    config = sae.config
     finite = x.isfinite().all()
     # NaN ranks first, so that with it every latent may count as active, which nothing has room for
     normalised = sae.normalise(torch.where(finite, x, 0))
     target = sae.normalise_target(target, *normalised).reshape(-1, config.d_out).contiguous()
-    x = (normalised[0] - sae.b_dec).to(sae.dtype) if config.subtract_b_dec else normalised[0]
-    x = x.reshape(-1, config.d_in).contiguous()
-    code, second = _encode(sae, x, dead, backend, alone)
+    plain = normalised[0].reshape(-1, config.d_in)
+    encoded = (plain - sae.b_dec).to(sae.dtype) if config.subtract_b_dec else plain
+    encoded = encoded.contiguous()
+    spread = losses.spread(target, with_mean=not alone)
+    if config.skip:
+        target = (target - sae.skip(plain)).to(target.dtype)
+    return Piece(encoded, plain if config.skip else None, finite, spread, largest(encoded)), target
 
-    stored = code.values, code.indices, code.offsets
-    error, squares = _ops.decode_error(*stored, sae.W_dec, sae.b_dec, target, backend)
-    sums, peaks, magnitude = [squares.sum()], [squares.amax()], _magnitude(stored)
-    missed = None
+
+def fill(sae: SAE, piece: Piece, target: Tensor, dead: Tensor | None, *, alone: bool = True) -> None:
+    """Encode and decode a batch, and with ``dead`` [M] bool the dead latents' code of its error.
+
+    ``alone``: no other batch is to be joined with it.
+    """
+    backend = resolve(sae.backend, sae.W_enc)
+    code, second = _encode(sae, piece.x, dead, backend, alone)
+    gates = None
+    if sae.thresholds_learn():
+        code, _ = F.jump(code, sae.log_threshold, sae.config.activation.bandwidth)
+    elif isinstance(sae.config.activation, Gated):
+        gates, code = code, F.gated(code, sae.b_enc, sae.r_mag, sae.b_mag)
+    sums, peaks = _decode(sae, piece, [code, gates], target, backend)
+    main = sae.main_part(code)
+    parts = sae.config.activation.nested(sae.config.n_latents)
+    missed = piece.errors[0]
+    piece.main_squares = sums[0]
+    if parts is not None:
+        stored = _csr(code)
+        sums[0], piece.main_squares, worst = nested.squares(*stored, sae.W_dec, missed, parts, backend)
+        peaks[0] = worst * sum(parts.weights) ** 2
+        if second is not None and main is not code:
+            missed = _ops.decode_error(*_csr(main), sae.W_dec, sae.b_dec, target, backend)[0]
     if second is not None:
-        missed, squares = _ops.decode_error(*second, sae.W_dec, None, -error, backend)
+        error, squares = _ops.decode_error(*second, sae.W_dec, None, -missed, backend)
+        piece.codes.append(second)
+        piece.errors.append(error)
         sums, peaks = [*sums, squares.sum()], [*peaks, squares.amax()]
-        magnitude = magnitude + _magnitude(second)
     elif dead is not None:
         sums, peaks = [*sums, torch.zeros_like(sums[0])], [*peaks, torch.zeros_like(sums[0])]
-    term = next((term for term in config.losses if isinstance(term, DecoderNormL1)), None)
-    return Piece(
-        code, second, x, error, missed, finite, torch.stack(sums), torch.stack(peaks), magnitude, largest(x),
-        losses.spread(target, with_mean=not alone),
-        None if term is None else losses.decoder_norm_l1(code, sae.W_dec, term.coefficient),
-        code.l0().float().mean(),
-    )  # fmt: skip
+    piece.squares, piece.peaks = torch.stack(sums), torch.stack(peaks)
+    piece.magnitude = torch.stack([_magnitude(stored) for stored in piece.codes]).sum()
+    charged = code if gates is None else gates
+    for term in charges_of(sae):
+        piece.charges[term.name] = losses.sparsity(term, charged, sae.W_dec, sae.config.n_sites)
+    piece.l0 = main.l0().float().mean()
+
+
+def _decode(
+    sae: SAE, piece: Piece, codes: list[SparseCode | None], target: Tensor, backend: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Keep the codes and what they miss; return the sums and maxima of its squares."""
+    sums, peaks = [], []
+    for code in codes:
+        if code is not None:
+            error, squares = _ops.decode_error(*_csr(code), sae.W_dec, sae.b_dec, target, backend)
+            piece.codes.append(_csr(code))
+            piece.errors.append(error)
+            sums.append(squares.sum())
+            peaks.append(squares.amax())
+    return sums, peaks
 
 
 def _encode(
@@ -99,8 +154,9 @@ def _encode(
     Of neither is there more than is stored, so that another can follow it; but for a first one that none
     follows, and for the second one where the host mustn't wait to learn its length (Triton).
     """
-    rule, threshold = F.selection(sae.config.activation, sae.threshold_in_use(), sae.W_enc)
-    k, auxk = getattr(sae.config.activation, "k", 0), auxk_term(sae)
+    activation, threshold = sae.selection(whole=True)
+    rule, threshold = F.selection(activation, threshold, sae.W_enc)
+    k, auxk = getattr(activation, "k", 0), auxk_term(sae)
     second: Code | None = None
     if dead is None or auxk is None:
         first = _ops.encode(x, sae.W_enc, sae.b_enc, threshold, None, rule, k, backend)
@@ -108,11 +164,16 @@ def _encode(
         k_aux = auxk.resolve_k(sae.config.d_in)
         both = _ops.encode_dead(x, sae.W_enc, sae.b_enc, threshold, dead, rule, k, k_aux, backend)
         first, second = both[:3], both[3:] if backend == "triton" else _trimmed(*both[3:])
-    if rule == "threshold" and not (alone and second is None):
+    follows = second is not None or isinstance(sae.config.activation, Gated)
+    if rule == "threshold" and not (alone and not follows):
         first = _trimmed(*first)
     if second is not None and not len(second[0]):
         second = None
     return SparseCode(first[0], first[1], first[2], sae.config.n_latents), second
+
+
+def _csr(code: SparseCode) -> Code:
+    return code.values, code.indices, code.offsets
 
 
 def _trimmed(values: Tensor, indices: Tensor, offsets: Tensor) -> Code:
@@ -122,12 +183,11 @@ def _trimmed(values: Tensor, indices: Tensor, offsets: Tensor) -> Code:
 
 @dataclass
 class Forward:
-    """The code of a step's N tokens, AuxK's rows below it, and the loss's derivatives at the decoder.
+    """The codes of a step's N tokens, set below set, and the loss's derivatives at the decoder.
 
-    code: of the N tokens.  values, indices, offsets: CSR over N rows or, with AuxK, 2 N: row N + n is token n
-    again.  x: [N, d_in] what W_enc multiplies.
-    error, scale: [rows, d_out], [rows]; dL / d(decoded row n) = scale[n] error[n].
-    l1: dL / d(f_i ||W_dec[i]||) at the first N rows.
+    code: of the N tokens, the first set.  values, indices, offsets: CSR over the rows of all sets.
+    x: [N, d_in] what W_enc multiplies.  normalised: what W_skip does.
+    error, scale: [rows, d_out], [rows]; dL / d(decoded row r) = scale[r] error[r].
     """
 
     code: SparseCode
@@ -135,40 +195,44 @@ class Forward:
     indices: Tensor
     offsets: Tensor
     x: Tensor
+    normalised: Tensor | None
     error: Tensor
     scale: Tensor
-    l1: float
 
 
-def join(sae: SAE, pieces: list[Piece], weights: Tensor, l1: float) -> Forward:
-    """Join the batches of a step, token below token.
+def join(sae: SAE, pieces: list[Piece], weights: Tensor) -> Forward:
+    """Join the batches of a step, token below token, set below set.
 
     Empties ``pieces``, so that all but one tensor at a time are in memory once.
 
     Args:
-        weights: [1], with AuxK [2]: what the loss multiplies the squares of error, and of missed, by.
-        l1: see :class:`Forward`.
+        weights: [sets] what the loss multiplies the squares of their errors by.
     """
-    codes = [(piece.code.values, piece.code.indices, piece.code.offsets) for piece in pieces]
-    seconds = [piece.second for piece in pieces if piece.second is not None]
+    n_sets = max(len(piece.errors) for piece in pieces)
+    sets = [[piece.codes[i] for piece in pieces if len(piece.codes) > i] for i in range(n_sets)]
+    errors = [piece.errors[i] for i in range(n_sets) for piece in pieces if len(piece.errors) > i]
     inputs = [piece.x for piece in pieces]
-    errors = [piece.error for piece in pieces]
-    errors += [piece.missed for piece in pieces if piece.missed is not None]
+    plain = [piece.normalised for piece in pieces if piece.normalised is not None]
+    made_densely = not sets[0] if sets else True
     pieces.clear()
 
-    main = _below(codes)
-    roomy = len(seconds) > 1 and resolve(sae.backend, sae.W_enc) == "triton"
-    both = _below([main, *seconds], roomy) if seconds else main
     x, error = _cat(inputs), _cat(errors)
     scale = (2 * weights[: len(error) // len(x), None]).repeat(1, len(x)).flatten()
-    return Forward(SparseCode(*main, sae.config.n_latents), *both, x, error, scale, l1)
+    normalised = _cat(plain) if plain else None
+    if made_densely:
+        nothing = x.new_empty(0), torch.empty(0, dtype=torch.int32, device=x.device)
+        empty = *nothing, torch.zeros(len(x) + 1, dtype=torch.int64, device=x.device)
+        return Forward(SparseCode(*empty, sae.config.n_latents), *empty, x, normalised, error, scale)
+    triton = resolve(sae.backend, sae.W_enc) == "triton"
+    main = _below(sets[0])
+    # where a batch's second code has spare places, the host doesn't know where the next begins
+    roomy = triton and any(len(codes) > 1 for codes in sets[1:])
+    whole = _below([main, *(code for codes in sets[1:] for code in codes)], roomy) if n_sets > 1 else main
+    return Forward(SparseCode(*main, sae.config.n_latents), *whole, x, normalised, error, scale)
 
 
 def _below(codes: Sequence[Code], roomy: bool = False) -> Code:
-    """The codes one below the other. All but the last must be full, unless ``roomy``.
-
-    Where one has spare places, the host doesn't know where the next begins.
-    """
+    """The codes one below the other. All but the last must be full, unless ``roomy``."""
     if len(codes) == 1:
         return codes[0]
     offsets = [codes[0][2]]
@@ -212,3 +276,8 @@ def largest(t: Tensor) -> Tensor:
 def auxk_term(sae: SAE) -> AuxK | None:
     """AuxK among the losses of ``sae``."""
     return next((term for term in sae.config.losses if isinstance(term, AuxK)), None)
+
+
+def charges_of(sae: SAE) -> list[losses.Charge]:
+    """The losses of ``sae`` that charge activations by their size."""
+    return [term for term in sae.config.losses if isinstance(term, losses.Charge)]

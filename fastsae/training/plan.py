@@ -14,7 +14,8 @@ import torch
 from fastsae.backends.torch import BLOCK_ELEMENTS as OPERATOR_BLOCK
 from fastsae.backends.torch import BLOCK_SCORES, BLOCK_WEIGHTS, GROUP, MAX_TOKENS, MIN_COLUMNS
 from fastsae.checks import check_choice, check_number, check_type, reject
-from fastsae.config import AuxK, SAEConfig
+from fastsae.config import SAEConfig
+from fastsae.policies import AuxK
 from fastsae.formats import BLOCK, STATE_DTYPES, WEIGHT_FORMATS
 from fastsae.optim.row_adam import BLOCK_ELEMENTS, GRAPH_STEPS
 

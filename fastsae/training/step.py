@@ -1,9 +1,9 @@
 """The fused training step: the loss of SAE.training_forward minimised with no dense gradient and no [N, M]
 tensor.
 
-Forward and backward are written out over one sparse code. AuxK is a second batch of rows of that code: token
-n's dead latents stand in row N + n, with an error of their own. So one transpose and one pass over the active
-rows of each matrix serve both.
+Forward and backward are written out over one sparse code. Most dictionaries take the operator ``row_step``; what
+has more to its loss, :mod:`fastsae.training.backward`; where so much fires that sparse is the longer way,
+:mod:`fastsae.training.dense`.
 
 A step may take its tokens in several batches. Of each is kept what the backward needs, its code, encoder
 input and error: less than gradients, which would soon have a row for nearly every latent.
@@ -21,11 +21,13 @@ from torch import Tensor
 from fastsae import losses
 from fastsae.backends import resolve
 from fastsae.checks import check_number, check_type, reject
-from fastsae.config import DecoderNormL1
+from fastsae.ops import upcast
 from fastsae.optim import RowAdam
+from fastsae.policies import L0, AuxK, DecoderNormL1, Gated, PreActivation, TargetL0
 from fastsae.sae import SAE
-from fastsae.training.pieces import Piece, auxk_term, forward_piece, join, largest
-
+from fastsae.training.backward import Slopes, SparseBackward
+from fastsae.training.dense import DenseBackward, fill_densely, pays
+from fastsae.training.pieces import Forward, Piece, auxk_term, charges_of, fill, join, largest, prepare
 __all__ = ["drop_batches", "train_step"]
 
 _ops = torch.ops.fastsae
@@ -40,6 +42,7 @@ def train_step(
     scale: dict[str, float] | None = None,
     *,
     accumulate: bool = False,
+    clip: float | None = None,
 ) -> dict[str, Tensor]:
     """Take one optimizer step on the batch ``x`` [..., d_in] and on those that ``accumulate`` kept.
 
@@ -66,16 +69,20 @@ def train_step(
         scale: multipliers of loss terms by name, for schedules, e.g. {"decoder_norm_l1": 0.3}; the same for
             all batches of a step.
         accumulate: keep the batch for a later call's step.
+        clip: scale the gradients so that their common norm, before a unit-norm decoder takes its part out, is
+            at most this. Costs a second pass over their rows.
 
     Returns:
-        0-dim tensors, of all tokens of the step so far: loss; each loss term by name, scaled; fvu; l0;
-        n_dead; skipped (1 for a step with NaN or Inf).
+        0-dim tensors, of all tokens of the step so far: loss; each loss term by name, scaled; fvu; l0 (both of
+        what ``decode`` gives); n_dead; skipped (1 for a step with NaN or Inf).
 
     Raises:
         ValueError, TypeError: an argument that doesn't fit ``sae``, or the batches kept; these stay.
     """
     _check_optimizer(sae, opt)
     check_type("accumulate", accumulate, bool, "True or False")
+    if clip is not None:
+        check_number("clip", clip, low=0.0, open_low=True)
     multipliers = _multipliers(sae, scale)
     step = _begun.get(opt)
     if step is not None:
@@ -94,7 +101,7 @@ def train_step(
             _begun[opt] = step
             return _metrics(sae, *_loss(step))
         drop_batches(opt)
-        return _take(step, opt)
+        return _take(step, opt, clip)
     finally:
         sae.train(was_training)
 
@@ -110,12 +117,14 @@ class _Step:
 
     dead: [M] bool, the latents that AuxK works on, None without it.
     sets_scale: whether the scale of the input comes from one of the batches.
+    dense: whether the batches are made densely; the first one says.
     """
 
     sae: SAE
     multipliers: dict[str, float]
     dead: Tensor | None
     sets_scale: bool = False
+    dense: bool | None = None
     pieces: list[Piece] = field(default_factory=list)
 
     def check(self, sae: SAE, multipliers: dict[str, float]) -> None:
@@ -129,7 +138,7 @@ class _Step:
     def add(self, x: Tensor, target: Tensor | None, alone: bool) -> None:
         """Encode and decode a batch, and keep what is needed of it; ``alone``: no other joins it."""
         usable = True
-        if self.sae.config.normalization == "scalar" and not self.sae.norm_scale_is_set():
+        if self.sae.scales_inputs and not self.sae.norm_scale_is_set():
             # the batch sets the scale of the input as well, unless it is to be skipped; here the host waits
             usable = bool(x.isfinite().all())
             if usable:
@@ -137,7 +146,14 @@ class _Step:
                 self.sets_scale = True
             else:
                 self.sae.norm_scale.fill_(1)
-        self.pieces.append(forward_piece(self.sae, x, target, self.dead, alone=alone))
+        piece, target = prepare(self.sae, x, target, alone=alone)
+        if self.dense is None:
+            self.dense = pays(self.sae, piece.x)
+        if self.dense:
+            fill_densely(self.sae, piece, target)
+        else:
+            fill(self.sae, piece, target, self.dead, alone=alone)
+        self.pieces.append(piece)
         if not usable:
             self.sae.unset_norm_scale_()
 
@@ -146,31 +162,64 @@ _begun: WeakKeyDictionary[RowAdam, _Step] = WeakKeyDictionary()
 """The steps that wait for more batches. Kept beside optimizers, so that no state or copy of one holds any."""
 
 
-def _take(step: _Step, opt: RowAdam) -> dict[str, Tensor]:
+def _take(step: _Step, opt: RowAdam, clip: float | None) -> dict[str, Tensor]:
     """The step itself, queued on the device; with Triton, and TopK or BatchTopK, the host learns no result of
     it."""
     sae = step.sae
     loss, proceed = _loss(step)
-    forward = join(sae, step.pieces, loss.weights, loss.l1)
-    sae.count_firing_(forward.code, proceed)
+    fired = [piece.fired for piece in step.pieces if piece.fired is not None]
+    magnitude = _sum([piece.magnitude for piece in step.pieces])
+    forward = join(sae, step.pieces, loss.weights)
+    backward = None
+    if step.dense:
+        backward = DenseBackward(sae, forward, loss.slopes, magnitude)
+    elif clip is not None or not _fits_row_step(sae):
+        backward = SparseBackward(sae, forward, loss.slopes)
+    if backward is not None:
+        proceed = proceed & backward.finite
+        if clip is not None:
+            backward.clip_(clip)
+    if fired:
+        sae.count_fired_(torch.stack(fired).any(0), len(forward.x), proceed)
+    else:
+        sae.count_firing_(sae.main_part(forward.code), proceed)
     opt.begin_step_(proceed)
-    weights = (sae.W_enc, sae.b_enc, sae.W_dec)
-    pull = _ops.row_step(
-        *weights, *map(sae.remainder, weights[::2]), *opt.row_arguments(weights),
-        sae.config.unit_norm_decoder, forward.values, forward.indices, forward.offsets, forward.x,
-        forward.error, forward.scale, forward.l1, resolve(sae.backend, sae.W_enc),
-    )  # fmt: skip
-    if sae.b_dec.requires_grad:
-        main = slice(forward.code.n_tokens)
-        grad = (forward.scale[main, None] * forward.error[main]).sum(0)
-        if sae.config.subtract_b_dec:
-            grad -= pull
-        opt.update_rows_(sae.b_dec, None, grad)
+    if backward is not None:
+        backward.update(opt)
+    else:
+        _row_step(sae, opt, forward, loss.slopes.charges.get(DecoderNormL1.name, 0.0))
     opt.end_step_()
     metrics = _metrics(sae, loss, proceed)
     if step.sets_scale and metrics["skipped"]:
         sae.unset_norm_scale_()
     return metrics
+
+
+def _fits_row_step(sae: SAE) -> bool:
+    """Whether the one operator knows all that the loss has."""
+    activation, charges = sae.config.activation, charges_of(sae)
+    by_itself = not sae.thresholds_learn() and not isinstance(activation, Gated)
+    at_the_whole = activation.nested(sae.config.n_latents) is None
+    charged = charges and (sae.config.n_sites > 1 or not all(isinstance(t, DecoderNormL1) for t in charges))
+    return by_itself and at_the_whole and not charged
+
+
+def _row_step(sae: SAE, opt: RowAdam, forward: Forward, l1: float) -> None:
+    weights = (sae.W_enc, sae.b_enc, sae.W_dec)
+    pull = _ops.row_step(
+        *weights, *map(sae.remainder, weights[::2]), *opt.row_arguments(weights),
+        sae.config.unit_norm_decoder, forward.values, forward.indices, forward.offsets, forward.x,
+        forward.error, forward.scale, l1, resolve(sae.backend, sae.W_enc),
+    )  # fmt: skip
+    n = len(forward.x)
+    if not sae.b_dec.requires_grad and not sae.config.skip:
+        return
+    g = forward.scale[:n, None] * forward.error[:n]
+    if sae.b_dec.requires_grad:
+        grad = g.sum(0)
+        opt.update_rows_(sae.b_dec, None, grad - pull if sae.config.subtract_b_dec else grad)
+    if forward.normalised is not None and sae.W_skip.requires_grad:
+        opt.update_rows_(sae.W_skip, None, g.T @ upcast(forward.normalised))
 
 
 def _metrics(sae: SAE, loss: _Loss, proceed: Tensor) -> dict[str, Tensor]:
@@ -190,37 +239,54 @@ def _metrics(sae: SAE, loss: _Loss, proceed: Tensor) -> dict[str, Tensor]:
 class _Loss:
     """The loss over all batches of a step, and its derivatives.
 
-    weights: [1], with AuxK [2]: what the sums of squares are multiplied by in it.
-    l1: dL / d(f_i ||W_dec[i]||) at every token.
+    weights: [sets] what the sums of squares are multiplied by in it.
     """
 
     terms: dict[str, Tensor]
     fvu: Tensor
     l0: Tensor
     weights: Tensor
-    l1: float
+    slopes: Slopes
 
 
 def _loss(step: _Step) -> tuple[_Loss, Tensor]:
     """The loss; and whether all is finite, as a 0-dim bool."""
     config, pieces, multipliers = step.sae.config, step.pieces, step.multipliers
     counts = [len(piece.x) for piece in pieces]
-    squares = _sum([piece.squares for piece in pieces])
+    n, squares = sum(counts), _sum([piece.squares for piece in pieces])
     spread = losses.joined_spread([piece.spread for piece in pieces])
-    unit = spread.scale(config.reconstruction)
-    weights, l1 = [multipliers["reconstruction"] * unit], 0.0
-    terms = {"reconstruction": weights[0] * squares[0]}
+    unit, l0 = spread.scale(config.reconstruction), _mean([piece.l0 for piece in pieces], counts)
+    slopes, weights, terms = Slopes({}), [], {}
+
+    def add(name: str, factor: Tensor | float) -> None:
+        weights.append(multipliers[name] * unit * factor)
+        terms[name] = weights[-1] * squares[len(weights) - 1]
+
+    add("reconstruction", 1.0)
+    if isinstance(config.activation, Gated):
+        add("gated_aux", config.activation.aux_coefficient)
     for term in config.losses:
-        if isinstance(term, DecoderNormL1):
-            l1 = multipliers[term.name] * term.coefficient / sum(counts)
-            norms = [piece.norms for piece in pieces if piece.norms is not None]
-            terms[term.name] = multipliers[term.name] * _mean(norms, counts)
-        elif step.dead is not None:
-            share = (step.dead.sum() / term.resolve_k(config.d_in)).clamp_max(1)
-            weights.append(multipliers[term.name] * unit * term.coefficient * share)
-            terms[term.name] = weights[1] * squares[1]
-    l0 = _mean([piece.l0 for piece in pieces], counts)
-    loss = _Loss(terms, squares[0] * spread.scale("fvu"), l0, torch.stack(weights), l1)
+        factor = multipliers[term.name] * term.coefficient
+        if isinstance(term, L0):
+            terms[term.name], slopes.l0 = factor * l0, slopes.l0 + factor / n
+        elif isinstance(term, TargetL0):
+            off = l0 / term.target - 1
+            terms[term.name] = factor * off.square()
+            slopes.l0 = slopes.l0 + 2 * factor * off / (term.target * n)
+        elif isinstance(term, AuxK):
+            if step.dead is not None:
+                share = (step.dead.sum() / term.resolve_k(config.d_in)).clamp_max(1)
+                add(term.name, term.coefficient * share)
+        else:
+            terms[term.name] = multipliers[term.name] * _mean(
+                [piece.charges[term.name] for piece in pieces], counts
+            )
+            if isinstance(term, PreActivation):
+                slopes.short = factor / n
+            else:
+                slopes.charges[term.name] = factor / n
+    fvu = _sum([piece.main_squares for piece in pieces]) * spread.scale("fvu")
+    loss = _Loss(terms, fvu, l0, torch.stack(weights), slopes)
     finite = torch.stack([piece.finite for piece in pieces]).all()
     return loss, finite & _is_finite(step, loss)
 
@@ -233,7 +299,7 @@ def _is_finite(step: _Step, loss: _Loss) -> Tensor:
     sae, pieces = step.sae, step.pieces
     longest = 1.001 if sae.config.unit_norm_decoder else largest(sae.W_dec) * sae.config.d_out**0.5
     peaks = torch.stack([piece.peaks for piece in pieces]).amax(0).sqrt()
-    at_decoder = 2 * (loss.weights * peaks).amax() + loss.l1
+    at_decoder = 2 * (loss.weights * peaks).amax() + loss.slopes.charges.get(DecoderNormL1.name, 0.0)
     at_entry = at_decoder * longest
     x = torch.stack([piece.largest for piece in pieces]).amax()
     rows = sum(len(piece.x) * len(piece.squares) for piece in pieces)
@@ -243,7 +309,7 @@ def _is_finite(step: _Step, loss: _Loss) -> Tensor:
         at_decoder * rows,
     ]
     numbers = torch.stack([*loss.terms.values(), *(bound.square() for bound in bounds)])
-    kept = peaks.amax() <= torch.finfo(pieces[0].error.dtype).max  # the error, when rounded
+    kept = peaks.amax() <= torch.finfo(pieces[0].errors[0].dtype).max  # the error, when rounded
     return numbers.isfinite().all() & kept
 
 
@@ -272,7 +338,8 @@ def _check_optimizer(sae: SAE, opt: RowAdam) -> None:
 
 
 def _multipliers(sae: SAE, scale: dict[str, float] | None) -> dict[str, float]:
-    multipliers = {"reconstruction": 1.0} | {term.name: 1.0 for term in sae.config.losses}
+    names = ["reconstruction", *(["gated_aux"] if isinstance(sae.config.activation, Gated) else [])]
+    multipliers = dict.fromkeys(names, 1.0) | {term.name: 1.0 for term in sae.config.losses}
     for name, value in (scale or {}).items():
         if name not in multipliers:
             reject("scale", f"a multiplier of {name!r}", f"names among {sorted(multipliers)}")

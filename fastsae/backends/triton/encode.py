@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastsae.backends import torch as portable
 from fastsae.backends.triton.encode_fused import encode_topk_fused
 from fastsae.backends.triton.support import architecture, factors, launch, score
 from fastsae.checks import reject
@@ -46,6 +47,8 @@ def encode(
     Beside bf16 weights an fp32 x is rounded for a GPU's GEMM, in a copy of it. k <= 1024. The host waits for
     the device under the rule "threshold" only, to learn how many scores pass.
     """
+    if rule == "groupmax":  # no kernel of its own: blocks of scores and torch.max
+        return portable.encode(x, W_enc, b_enc, threshold, subset, rule, k)
     if rule == "topk" and subset is None and _fused_is_faster(x, W_enc):
         return encode_topk_fused(x, W_enc, b_enc, k)
     chosen = _list(x, W_enc, subset, threshold, rule, k)
@@ -70,6 +73,11 @@ def encode_dead(
     k_dead: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fastsae.backends.reference.encode_dead`. Scores once; while nothing is dead, as encode."""
+    if rule == "groupmax":
+        second = _TopList(x, W_enc, None, min(k_dead, len(W_enc)), dead)
+        for chunk in _chunks(x, W_enc, b_enc, None):
+            second.add(chunk)
+        return *encode(x, W_enc, b_enc, threshold, None, rule, k), *second.finish()
     chosen = _list(x, W_enc, None, threshold, rule, k)
     second = _TopList(x, W_enc, None, min(k_dead, len(W_enc)), dead)
     for chunk in _chunks(x, W_enc, b_enc, None):
@@ -119,7 +127,7 @@ def _list(x, W, subset, threshold, rule, k) -> _TopList | _BatchList | _Threshol
         return _TopList(x, W, subset, min(k, m))
     if rule == "batchtopk":
         return _BatchList(x, W, subset, len(x) * min(k, m))
-    return _ThresholdList(x, W, subset, threshold.float().clamp_min(0))
+    return _ThresholdList(x, W, subset, threshold.float())
 
 
 class _TopList:

@@ -84,7 +84,19 @@ def train(
     ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="Run directory.")],
     model: Annotated[str | None, typer.Option(help="transformers id or path, or 'minilm'.")] = None,
-    hook: Annotated[list[str] | None, typer.Option(help="Module path, e.g. encoder.layer.3.")] = None,
+    hook: Annotated[
+        list[str] | None, typer.Option(help="Module path, e.g. encoder.layer.3; repeatable.")
+    ] = None,
+    target_hook: Annotated[
+        str | None, typer.Option(help="Module path of a transcoder's target, which --hook's is the input of.")
+    ] = None,
+    structure: Annotated[
+        str | None,
+        typer.Option(
+            help="autoencoder (for each hook one, in OUT/HOOK), transcoder, skip_transcoder or crosscoder"
+            " (of all hooks); default: transcoder with --target-hook, else autoencoder."
+        ),
+    ] = None,
     text: Annotated[
         list[str] | None, typer.Option(help="File, folder or dataset, or 'python-docs'; repeatable.")
     ] = None,
@@ -138,6 +150,9 @@ def train(
 ) -> None:
     """Train a dictionary on a model's activations (or on a file of them) and report what it learned.
 
+    Several --hook train a dictionary each, in OUT/HOOK, with one pass over the model; with --structure
+    crosscoder one of all. --target-hook makes it a transcoder, from --hook's activations to the target's.
+
     Example: fastsae train --model minilm --hook encoder.layer.3 --text docs/ --latents 16384 --k 32 --out
     runs/docs
     """
@@ -167,19 +182,54 @@ def evaluate(
     activations: Annotated[
         str | None, typer.Option(help="Evaluate on this file instead of the held-out tokens.")
     ] = None,
+    synthetic: Annotated[
+        Path | None,
+        typer.Option(help="Compare with the true features behind this file, on fresh tokens of them."),
+    ] = None,
+    in_model: Annotated[
+        bool, typer.Option(help="Also put the reconstruction in the place of the activations, in the model.")
+    ] = False,
+    texts: Annotated[int, typer.Option(min=1, help="Windows of text for --in-model.")] = 64,
     json_path: Json = None,
 ) -> None:
     """Measure a trained dictionary: FVU, L0, dead share, cosine, relative norm.
 
+    With --synthetic: how much it found of features that are known: MMCS, MCC, F1, shrinkage.
+
+    \b
+    python -c "from fastsae.evaluate import *; \\
+      write_activations('synth.safetensors', SyntheticDictionary(), 1_000_000)"
+    fastsae train --activations synth.safetensors --out runs/synth \\
+      --latents 128 --k 3 --batch-size 512 --lr 3e-3
+    fastsae eval runs/synth --synthetic synth.safetensors
+
+    With --in-model: what the run's model loses when the reconstruction takes the place of its activations, on
+    windows of the run's text beyond what it was trained on, if there are any (texts_unseen), else on the
+    text's last. Of a causal language model the loss recovered and the KL divergence, of an encoder the change
+    of its mean-pooled embedding.
+
     Example: fastsae eval runs/demo --json metrics.json
     """
+    if synthetic is not None:
+        if activations is not None:
+            reject("synthetic", f"'{synthetic}' beside --activations", "one of the two")
+        if in_model:
+            reject("synthetic", f"'{synthetic}' beside --in-model", "one of the two")
+        from fastsae.evaluate import SyntheticDictionary, score
+        from fastsae.sae import SAE
+
+        truth = SyntheticDictionary.open(synthetic)
+        _show("true features", score(SAE.load(directory), truth).to_dict(), json_path)
+        return
     from fastsae.training.run import evaluate_run
 
-    _show(
-        "held-out tokens" if activations is None else activations,
-        evaluate_run(directory, activations).to_dict(),
-        json_path,
-    )
+    inside: dict[str, Any] = {}
+    if in_model:
+        from fastsae.training.in_model import evaluate_run_in_model
+
+        inside = evaluate_run_in_model(directory, texts)
+    found = evaluate_run(directory, activations).to_dict() | inside
+    _show("held-out tokens" if activations is None else activations, found, json_path)
 
 
 @app.command()
@@ -254,12 +304,15 @@ def bench(ctx: typer.Context) -> None:
 def _run(options: dict[str, Any], resume: bool) -> None:
     from fastsae.training.run import RunOptions, run
 
-    metrics = run(RunOptions(**options), resume=resume)
+    parsed = RunOptions(**options)
+    metrics, folders = run(parsed, resume=resume), [one.out for one in parsed.dictionaries()]
     if metrics is None:
-        console.print(f"stopped; a checkpoint is in {options['out']}/checkpoints: continue with --resume")
+        where = ", ".join(f"{folder}/checkpoints" for folder in folders)
+        console.print(f"stopped; a checkpoint is in {where}: continue with --resume")
         raise SystemExit(_STOPPED)
-    _show(options["out"], metrics, None)
-    console.print(f"what it learned: {Path(options['out']) / 'report.html'}")
+    for folder, its in zip(folders, metrics.values() if len(folders) > 1 else [metrics], strict=True):
+        _show(folder, its, None)
+        console.print(f"what it learned: {Path(folder) / 'report.html'}")
 
 
 def _show(title: str, rows: dict[str, Any], json_path: Path | None) -> None:

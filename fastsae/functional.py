@@ -45,7 +45,7 @@ def encode(
         W_enc: [M, d_in], contiguous, in x's dtype (or in bf16: fp32 tokens are then read as they are on a
             CPU, and rounded for a GPU's GEMM) and on its device. Differentiable.
         b_enc: [M] or None, in either dtype. Differentiable.
-        activation: any of :mod:`fastsae.policies` but Gated, which has weights of its own (see :func:`gated`).
+        activation: any of :mod:`fastsae.policies` but Gated, which has weights of its own (:func:`gated`).
         threshold: [M] for JumpReLU (its ``threshold`` where None); a scalar for BatchTopK; else None. No
             gradient, which :func:`jump` gives. Below 0 it lets entries pass that hold 0.
         subset: [S] int64, ascending: choose among these latents only (k becomes min(k, S)); not of GroupMax.

@@ -137,8 +137,10 @@ def nested_reconstruction(
     sparse_grad: bool,
     backend: str,
 ) -> Tensor:
-    """scale * sum_g weights[g] ||e_g||^2, 0-dim: the errors of partial reconstructions of ``code``, by ``error``
-    [N, d_out], that of the last one. See :mod:`fastsae.nested`."""
+    """scale * sum_g weights[g] ||e_g||^2, 0-dim, the errors of partial reconstructions of ``code``.
+
+    ``error`` [N, d_out] is that of the last one. See :mod:`fastsae.nested`.
+    """
     chosen = resolve(backend, W_dec)
     parts = code.values, W_dec, error, code.indices, code.offsets, nested, chosen, sparse_grad
     return scale * NestedSquares.apply(*parts)
@@ -149,8 +151,8 @@ Charge = L1 | DecoderNormL1 | Tanh
 
 
 def charge(term: Charge, f: Tensor, lengths: Tensor) -> Tensor:
-    """What a term charges for activations ``f`` of latents whose decoder rows are ``lengths`` long, before its
-    coefficient: f (L1), f ||W_dec[i]|| (DecoderNormL1), tanh(scale f ||W_dec[i]||) (Tanh)."""
+    """What a term charges, before its coefficient, for activations ``f`` of latents with decoder rows of
+    ``lengths``: f (L1), f ||W_dec[i]|| (DecoderNormL1), tanh(scale f ||W_dec[i]||) (Tanh)."""
     if isinstance(term, L1):
         return f
     return f * lengths if isinstance(term, DecoderNormL1) else (term.scale * f * lengths).tanh()
@@ -177,7 +179,7 @@ def sparsity(term: Charge, code: SparseCode, W_dec: Tensor, n_sites: int = 1) ->
 def pre_activation(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor, lengths: Tensor, latents: Tensor | None = None
 ) -> Tensor:
-    """mean_n sum_i relu(theta_i - pre_i) lengths_i, 0-dim, over all latents or those where ``latents`` [M] bool.
+    """mean_n sum_i relu(theta_i - pre_i) lengths_i, 0-dim, over all latents or where ``latents`` [M] bool.
 
     Holds all scores of x [N, d_in]; the training step does not.
     """

@@ -1,13 +1,14 @@
-"""Losses at partial reconstructions, each of which holds the one before (see :class:`fastsae.policies.Nested`).
+"""Losses at partial reconstructions, each of which holds the one before: see
+:class:`fastsae.policies.Nested`.
 
 With e_g = x_hat_g - target the error of the g-th, and e the last one:
 
     e_g = e - sum of f_i W_dec[i] over the parts after g
     L   = sum_g w_g ||e_g||^2
 
-Everything is made of e and of the code again, a few tokens at a time: memory doesn't grow with the number of
-parts. dL / df_i of an entry in part h is 2 <sum_{g >= h} w_g e_g, W_dec[i]>; here it is split in what it would
-be in part 0, which is that of a plain decoder under the error G = sum_g w_g e_g, and the rest.
+Everything is made of e and of the code again, a few tokens at a time: memory doesn't grow with the number
+of parts. dL / df_i of an entry in part h is 2 <sum_{g >= h} w_g e_g, W_dec[i]>; here it is split in what it
+would be in part 0, which is that of a plain decoder under the error G = sum_g w_g e_g, and the rest.
 """
 
 from __future__ import annotations
@@ -98,8 +99,8 @@ def first_parts(indices: Tensor, offsets: Tensor, nested: Nested) -> Tensor:
 class _Chunk(NamedTuple):
     """Some tokens' code with a row for each part of each, and their errors.
 
-    tokens: which.  places: of the entries in the whole code.  values, indices, offsets: CSR over G x T rows, part
-    by part.  errors: [G, T, D] e_g.
+    tokens: which.  places: of the entries in the whole code.
+    values, indices, offsets: CSR over G x T rows, part by part.  errors: [G, T, D] e_g.
     """
 
     tokens: slice

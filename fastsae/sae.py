@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import weakref
 from functools import partial
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from fastsae import functional as F
 from fastsae import losses
 from fastsae.backends import Backend, resolve
-from fastsae.checks import BadValue, check_choice, check_type, reject
+from fastsae.checks import check_choice, check_type, reject
 from fastsae.code import SparseCode
 from fastsae.config import SAEConfig
 from fastsae.files import open_dictionary, write_dictionary
 from fastsae.formats import WEIGHT_FORMATS, join, split
 from fastsae.initial import INITIAL_ROWS, geometric_median, initial_rows
 from fastsae.nested import first_parts
+from fastsae.normalised import Normalised
 from fastsae.ops import upcast, wide_dtype
 from fastsae.policies import (
     L0,
@@ -53,7 +55,8 @@ class TrainingOutput(NamedTuple):
 class Encoded(NamedTuple):
     """What encoding gives: the code, and what W_enc multiplied.
 
-    active: JumpReLU while thresholds learn: see :func:`fastsae.functional.jump`.  gates: of Gated, the code of pi.
+    active: JumpReLU while thresholds learn: see :func:`fastsae.functional.jump`.
+    gates: of Gated, the code of pi.
     """
 
     code: SparseCode
@@ -62,7 +65,7 @@ class Encoded(NamedTuple):
     gates: SparseCode | None = None
 
 
-class SAE(nn.Module):
+class SAE(Normalised):
     """A sparse autoencoder (or transcoder, with a target) of ``config.n_latents`` features.
 
         code  = activation((normalise(x) - b_dec) W_enc^T + b_enc)      b_dec only if subtract_b_dec
@@ -83,7 +86,8 @@ class SAE(nn.Module):
             stochastically. In the latter two biases are fp32, and any floating input is taken.
         dtype: of the inputs that training casts to.
         threshold: fp32 0-dim buffer of BatchTopK, -1 while unset.
-        norm_scale: fp32 buffer of normalisation by a number, 0-dim, of a crosscoder [n_sites]; -1 while unset.
+        norm_scale: fp32 buffer of normalisation by a number, 0-dim, of a crosscoder [n_sites]; -1 while
+            unset.
         tokens_seen: int64 0-dim buffer: tokens seen in training.
         silent_tokens: int32 [M] buffer: how many of them since each latent last fired, at most 2^31 - 1.
         backend: which backend runs the operators (see :mod:`fastsae.backends`).
@@ -95,7 +99,6 @@ class SAE(nn.Module):
     W_dec: nn.Parameter
     b_dec: nn.Parameter
     threshold: Tensor
-    norm_scale: Tensor
     silent_tokens: Tensor
     tokens_seen: Tensor
 
@@ -121,7 +124,6 @@ class SAE(nn.Module):
         self.config, self.weight_format, self._dtype = config, weight_format, dtype
         self.sparse_grad, self.backend = sparse_grad, backend
         self._optimizer: weakref.ref | None = None
-        self._norm_scale_set = False
         m = config.n_latents
         matrix, bias = (dtype, dtype) if weight_format == "float32" else (torch.bfloat16, torch.float32)
         self.W_enc = nn.Parameter(torch.empty(m, config.d_in, device=device, dtype=matrix))
@@ -177,11 +179,6 @@ class SAE(nn.Module):
         c = self.config
         return f"d_in={c.d_in}, n_latents={c.n_latents}, d_out={c.d_out}, activation={c.activation}"
 
-    @property
-    def scales_inputs(self) -> bool:
-        """Whether inputs are multiplied by a stored number."""
-        return self.config.normalization not in ("none", "layer_norm")
-
     def __getattr__(self, name: str) -> Any:
         if name == "threshold" and "log_threshold" in self._parameters:
             return self.log_threshold.detach().exp()
@@ -221,13 +218,17 @@ class SAE(nn.Module):
     def encode_normalised(
         self, x: Tensor, mean: Tensor | None, scale: Tensor | None, *, whole: bool = False
     ) -> Encoded:
-        """The sparse code of what :meth:`normalise` gave; ``whole``: with all entries that the loss looks at."""
+        """The sparse code of what :meth:`normalise` gave; ``whole``: all entries that the loss looks at."""
         encoder_input = (x - self.b_dec).to(x.dtype) if self.config.subtract_b_dec else x
         rule, threshold = self.selection(whole)
         code = F.encode(encoder_input, self.W_enc, self.b_enc, rule, threshold=threshold, **self._options())
         code.mean, code.scale = mean, scale
-        if self.thresholds_learn():
-            code, active = F.jump(code, self.log_threshold, self.config.activation.bandwidth)
+        return self.activate(code, encoder_input)
+
+    def activate(self, code: SparseCode, encoder_input: Tensor) -> Encoded:
+        """What the activation makes of the operator's code."""
+        if (bandwidth := self.band()) is not None:
+            code, active = F.jump(code, self.log_threshold, bandwidth)
             return Encoded(code, encoder_input, active=active)
         if isinstance(self.config.activation, Gated):
             return Encoded(F.gated(code, self.b_enc, self.r_mag, self.b_mag), encoder_input, gates=code)
@@ -242,15 +243,17 @@ class SAE(nn.Module):
         activation = self.config.activation.selection(whole and self.training)
         if isinstance(activation, JumpReLU):
             theta = self.log_threshold.detach().exp()
-            return activation, theta - activation.bandwidth / 2 if self.thresholds_learn() else theta
+            return activation, theta - (self.band() or 0) / 2
         if activation.rule == "batchtopk" and not self.training and self.threshold >= 0:
             return activation, self.threshold
         return activation, None
 
-    def thresholds_learn(self) -> bool:
-        """Whether codes carry what JumpReLU's thresholds learn by: in ``train()``, unless they are frozen."""
-        jumps = isinstance(self.config.activation, JumpReLU)
-        return jumps and self.training and self.log_threshold.requires_grad
+    def band(self) -> float | None:
+        """JumpReLU's bandwidth where codes carry what thresholds learn by: in ``train()``, unless frozen."""
+        activation = self.config.activation
+        if isinstance(activation, JumpReLU) and self.training and self.log_threshold.requires_grad:
+            return activation.bandwidth
+        return None
 
     def encode(self, x: Tensor) -> Tensor:
         """The dense code [..., n_latents] of raw inputs [..., d_in]; see :meth:`encode_sparse`."""
@@ -278,9 +281,13 @@ class SAE(nn.Module):
         """x_hat [..., d_out] of raw inputs; with ``return_loss``, what :meth:`training_forward` returns."""
         if return_loss:
             return self.training_forward(x, target)
+        return self.reconstruct(x)[0]
+
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, SparseCode]:
+        """x_hat [..., d_out] of raw inputs, and the code it is made of."""
         normalised = self.normalise(x)
         code = self.encode_normalised(*normalised).code
-        return self._restore(self._reconstruct(code, normalised[0]), code)
+        return self._restore(self._reconstruct(code, normalised[0]), code), code
 
     def _reconstruct(self, code: SparseCode, x: Tensor) -> Tensor:
         """x_hat in normalised space, with the skip of normalised x."""
@@ -342,7 +349,7 @@ class SAE(nn.Module):
             terms["reconstruction"] = losses.nested_reconstruction(
                 found.code, self.W_dec, error, nested, scale, **options
             )
-        if found.gates is not None:
+        if found.gates is not None and isinstance(config.activation, Gated):
             frozen = F.decode(found.gates, self.W_dec.detach(), self.b_dec.detach(), backend=self.backend)
             missed = upcast(frozen.reshape(goal.shape)) - upcast(goal)
             terms["gated_aux"] = config.activation.aux_coefficient * scale * missed.square().sum()
@@ -398,19 +405,6 @@ class SAE(nn.Module):
         if target.shape[:-1] != x.shape[:-1]:
             reject("target", f"shape {tuple(target.shape)}", f"{(*x.shape[:-1], self.config.d_out)}, as x")
 
-    def normalise_target(
-        self, target: Tensor | None, x: Tensor, mean: Tensor | None, scale: Tensor | None
-    ) -> Tensor:
-        """The target in the space of the loss, under x's own normalisation: x itself where it is None."""
-        if target is None:
-            return x
-        if self.scales_inputs:
-            return (target * self._scale(self.config.d_out)).to(target.dtype)
-        if mean is None or scale is None:
-            return target
-        flat = upcast(target).reshape(-1, target.shape[-1])
-        return ((flat - mean) / scale).to(target.dtype).view(target.shape)
-
     @torch.no_grad()
     def calibrate_(self, x: Tensor) -> SAE:
         """Set what is estimated from data once, before training, from a sample ``x`` [n, d_in].
@@ -426,23 +420,6 @@ class SAE(nn.Module):
         if self.config.subtract_b_dec:
             self.b_dec.copy_(geometric_median(upcast(self.normalise(flat)[0])))
         return self
-
-    @torch.no_grad()
-    def estimate_norm_scale_(self, x: Tensor, again: bool = False) -> None:
-        """Set norm_scale from ``x`` where inputs are scaled and it is still unset (or ``again``)."""
-        if not self.scales_inputs or (self.norm_scale_is_set() and not again):
-            return
-        F.check_input("x", x, self.W_enc)
-        sites = upcast(x).reshape(-1, self.config.n_sites, self.config.d_in // self.config.n_sites)
-        lengths = torch.linalg.vector_norm(sites, dim=2)  # [n, n_sites]
-        kind = self.config.normalization
-        size = lengths.mean(0) if kind == "mean_norm" else lengths.square().mean(0).sqrt()
-        if not (size > 0).all() or not size.isfinite().all():
-            got = f"a sample whose mean ||x|| is {size.tolist()}" if kind == "mean_norm" else None
-            got = got or f"a sample with mean ||x||^2 = {', '.join(f'{s * s:g}' for s in size.tolist())}"
-            reject("x", got, "one that isn't zero, NaN or Inf")
-        wanted = 1.0 if kind == "unit_scalar" else sites.shape[2] ** 0.5
-        self.norm_scale.copy_((wanted / size).view(self.norm_scale.shape))
 
     @torch.no_grad()
     def count_firing_(self, code: SparseCode, proceed: Tensor | None = None) -> None:
@@ -518,6 +495,59 @@ class SAE(nn.Module):
         for lo in range(0, self.config.n_latents, INITIAL_ROWS):
             rows = self.full_precision("W_dec", lo, lo + INITIAL_ROWS)
             self.put_rows_("W_dec", lo, nn.functional.normalize(rows, dim=1))
+
+    @torch.no_grad()
+    def fold_(self) -> SAE:
+        """Move the scale of inputs into the weights, so that the same numbers come of ``normalization="none"``.
+
+            W_enc' = s W_enc;  W_dec' = W_dec / s;  b_dec' = b_dec / s;  codes and thresholds stay
+
+        Decoder rows are then no longer of length 1, and penalties on f ||W_dec|| mean something else: a folded
+        dictionary is for use. Rows that a RowAdam over it has yet to bring up to date are brought up first.
+
+        Raises:
+            ValueError: the scale isn't set; "layer_norm", which depends on the token.
+        """
+        if self.config.normalization == "layer_norm":
+            reject("normalization", "'layer_norm'", "one that multiplies inputs by a number: it can't be folded")
+        if not self.scales_inputs:
+            return self
+        into, out = (self._scale(d).double() for d in (self.config.d_in, self.config.d_out))
+        if (optimizer := None if self._optimizer is None else self._optimizer()) is not None:
+            optimizer.flush_()
+        for lo in range(0, self.config.n_latents, INITIAL_ROWS):
+            for name, factor in (("W_enc", into), ("W_dec", 1 / out)):
+                rows = self.full_precision(name, lo, lo + INITIAL_ROWS)
+                self.put_rows_(name, lo, (rows * factor).to(rows.dtype))
+        self.b_dec.copy_(self.b_dec / out)
+        if self.config.skip:
+            self.W_skip.copy_(self.W_skip * into / out.expand(self.config.d_out)[:, None])
+        del self.norm_scale
+        self.config = dataclasses.replace(self.config, normalization="none", unit_norm_decoder=False)
+        return self
+
+    @torch.no_grad()
+    def as_jump_relu(self) -> SAE:
+        """A BatchTopK dictionary as the JumpReLU one that it is at inference; the weights are shared.
+
+        Every latent's threshold is the one that training found, to rounding (log and exponential). Loss terms
+        are left out.
+
+        Raises:
+            ValueError: another activation; no threshold found yet.
+        """
+        if self.config.activation.rule != "batchtopk":
+            reject("activation", self.config.activation, "BatchTopK, or Matryoshka over it")
+        if self.threshold < 0:
+            reject("threshold", "none yet", "a training step first")
+        jump = JumpReLU(threshold=float(self.threshold))
+        config = dataclasses.replace(self.config, activation=jump, losses=())
+        formats = {"dtype": self.dtype, "weight_format": self.weight_format}
+        found = SAE(config, device="meta", backend=self.backend, **formats)
+        state = dict(self.state_dict())
+        logs = state.pop("threshold").log().to(wide_dtype(self.b_enc)).expand(config.n_latents)
+        found.load_state_dict(state | {"log_threshold": logs.clone()}, assign=True)
+        return found.train(self.training)
 
     def full_precision(self, name: str, lo: int = 0, hi: int | None = None) -> Tensor:
         """The weight ``name``, or its rows lo..hi, with all its bits, whatever the format: at least fp32."""
@@ -616,53 +646,6 @@ class SAE(nn.Module):
 
     def _options(self) -> dict:
         return {"sparse_grad": self.sparse_grad, "backend": self.backend}
-
-    def normalise(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Normalised x, and for layer norm the per-token mean and scale [N, 1] that restore it."""
-        F.check_input("x", x, self.W_enc)
-        if self.config.normalization == "none":
-            return x, None, None
-        if self.scales_inputs:
-            return (x * self._scale(self.config.d_in)).to(x.dtype), None, None
-        wide = upcast(x)
-        mean = wide.mean(-1, keepdim=True)
-        # torch's std warns of no tokens
-        std = wide.std(-1, keepdim=True, correction=min(1, x.shape[-1] - 1)) if x.numel() else mean
-        scale = std + 1e-5
-        return ((wide - mean) / scale).to(x.dtype), mean.reshape(-1, 1), scale.reshape(-1, 1)
-
-    def norm_scale_is_set(self) -> bool:
-        """Whether inputs' scale has been set; asks the device only until it has."""
-        self._norm_scale_set = self._norm_scale_set or bool((self.norm_scale >= 0).all())
-        return self._norm_scale_set
-
-    def unset_norm_scale_(self) -> None:
-        """Let the inputs' scale be estimated anew from the next training batch."""
-        self.norm_scale.fill_(-1)
-        self._norm_scale_set = False
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._norm_scale_set = False
-
-    def _scale(self, width: int) -> Tensor:
-        """norm_scale: 0-dim, or of a crosscoder for each of ``width`` columns."""
-        if not self.norm_scale_is_set():
-            raise BadValue(
-                "norm_scale: got no value yet, expected sae.calibrate_(sample) or a training step first"
-            )
-        scale = self.norm_scale
-        return scale.repeat_interleave(width // len(scale)) if scale.ndim else scale
-
-    def _restore(self, x_hat: Tensor, code: SparseCode | None) -> Tensor:
-        if self.scales_inputs:
-            return (x_hat / self._scale(self.config.d_out)).to(x_hat.dtype)
-        if self.config.normalization == "none":
-            return x_hat
-        if code is None or code.mean is None or code.scale is None:
-            reject("code", "a code without mean and scale", "one that this dictionary's encode_sparse made")
-        flat = upcast(x_hat).reshape(-1, x_hat.shape[-1])
-        return (flat * code.scale + code.mean).to(x_hat.dtype).view(x_hat.shape)
 
 
 def load(

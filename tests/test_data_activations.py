@@ -499,8 +499,108 @@ def test_cache_checks_before_any_work(tmp_path):
     for bad in ({"dtype": "int8"}, {"context": 0}, {"n_tokens": 0}):
         with pytest.raises(BadValue, match=next(iter(bad))):
             cached_activations("nowhere", "h", "nothing.txt", cache_dir=tmp_path, **bad)
-    with pytest.raises(BadType, match="hook: got list"):
-        cached_activations("nowhere", ["h"], "nothing.txt", cache_dir=tmp_path)
+    for hook, error, message in (
+        (3, BadType, "hook: got int, expected a module path, or a list of them"),
+        (["h", 3], BadType, "hook: got int, expected module paths as strings"),
+        ([], BadValue, r"hook: got \[\], expected different module paths, at least one"),
+        (["h", "h"], BadValue, r"hook: got \['h', 'h'\], expected different module paths"),
+    ):
+        with pytest.raises(error, match=message):
+            cached_activations("nowhere", hook, "nothing.txt", cache_dir=tmp_path)
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """One entry for each forward pass of a model that the cache loads: the number of its windows."""
+    forwards = []
+
+    def load(path):
+        model, tokenizer = load_model(path)
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: forwards.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        return model, tokenizer
+
+    monkeypatch.setattr("fastsae.data.cache.load_model", load)
+    return forwards
+
+
+def test_several_hooks_take_one_pass(kind, get, forwards, tmp_path):
+    single = {hook: get(hook)[:] for hook in HOOKS[kind]}
+    passes, forwards[:] = len(forwards) // 2, []
+    stores = get(HOOKS[kind], context=8)
+    one_pass, forwards[:] = len(forwards), []
+    assert passes > 1
+    assert one_pass == passes  # 8 tokens a window, 32 windows a pass: as many as of 16
+    assert [*stores] == [*HOOKS[kind]]
+    again = get([*HOOKS[kind]])  # made one by one, found together
+    assert all(torch.equal(again[hook][:], single[hook]) for hook in single)
+    assert len({str(store.token_ids.tolist()) for store in again.values()}) == 1
+    assert len({store.path for store in [*again.values(), *stores.values()]}) == 4
+    forwards.clear()
+    for hook in HOOKS[kind]:  # made together, found one by one
+        assert get(hook, context=8).path == stores[hook].path
+        assert stores[hook].manifest["hook"] == hook
+        stores[hook].verify()
+    assert not forwards
+
+
+def test_only_the_missing_hooks_are_computed(kind, get, loads, monkeypatch):
+    computed = []
+    real = ModelActivations.__init__
+
+    def record(self, model, tokenizer, hook, *args, **options):
+        computed.append(hook)
+        real(self, model, tokenizer, hook, *args, **options)
+
+    monkeypatch.setattr(ModelActivations, "__init__", record)
+    first, second = HOOKS[kind]
+    get(second, n_tokens=40)
+    stores = get([first, second], n_tokens=30)
+    assert computed == [[second], [first]]
+    assert [len(store) for store in stores.values()] == [30, 30]
+    assert [len(store) for store in get([first, second]).values()] == [N_TOKENS] * 2
+    assert computed[2:] == [[first, second]]
+    assert len(loads) == 3
+
+
+def test_no_hook_takes_its_place_before_all_are_whole(kind, get, monkeypatch, tmp_path):
+    from fastsae.data.tensorfile import TensorWriter
+
+    finish, calls = TensorWriter.finish, []
+
+    def fail(self):
+        calls.append(self)
+        if len(calls) == 3:  # the second hook's activations
+            raise KeyboardInterrupt
+        return finish(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorWriter, "finish", fail)
+        with pytest.raises(KeyboardInterrupt):
+            get(HOOKS[kind])
+    assert visible(tmp_path / "cache") == []
+    assert len(get(HOOKS[kind])) == 2
+
+
+def test_stores_of_other_tokens_are_refused(kind, get, monkeypatch):
+    """As of a data set, which counts by its name, that has changed between two runs."""
+    monkeypatch.setattr("fastsae.data.cache.text_digest", lambda text: "the same")
+    first, second = HOOKS[kind]
+    path = get(first).path
+    other = path.parent.parent / "other.txt"
+    other.write_text(" ".join(reversed(TEXTS)))
+    get(second, text=other)
+    with pytest.raises(BadValue, match=r"text: got '.*' and '.*' with different tokens, expected the same"):
+        get([first, second])
+
+
+def test_two_orders_of_hooks_at_once_do_not_wait_for_each_other(kind, get, loads):
+    first, second = HOOKS[kind]
+    with ThreadPoolExecutor(4) as pool:
+        both = list(pool.map(get, [[first, second], [second, first]] * 2, timeout=60))
+    assert len({store.path for stores in both for store in stores.values()}) == 2
+    assert len(loads) == 1
 
 
 def test_two_runs_at_once_share_the_work(get, loads, tmp_path):

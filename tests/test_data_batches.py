@@ -81,6 +81,24 @@ def test_state_of_other_batches(x):
         Batches(x, 10, seed=6).load_state_dict(state)
 
 
+def test_several_by_name_give_the_same_rows(x):
+    double = torch.arange(N, dtype=torch.float32)[:, None] * 2
+    train, _ = split_rows(N, 20, seed=1)
+    options = {"rows": train, "seed": 5, "n_tokens": 300, "drop_last": False}
+    expected = list(Batches(x, 10, **options))
+    first = Batches({"x": x, "double": double}, 10, **options)
+    assert len(first) == len(expected) == 30
+    batches = iter(first)
+    done = [next(batches) for _ in range(11)]
+    second = Batches({"x": x, "double": double}, 10, **options)
+    second.load_state_dict(first.state_dict())
+    assert first.state_dict() == Batches(x, 10, **options).state_dict() | {"pass": 1, "position": 27}
+    got = done + list(second)
+    assert all([*batch] == ["x", "double"] and batch["double"].shape == (10, 1) for batch in got)
+    assert torch.equal(numbers([batch["x"] for batch in got]), numbers(expected))
+    assert torch.equal(numbers([batch["double"] for batch in got]), 2 * numbers(expected))
+
+
 def test_low_precision_comes_as_float32(tmp_path):
     tensor = torch.randn(50, 3)
     for dtype in ("float16", "bfloat16"):
@@ -113,3 +131,9 @@ def test_bad_arguments():
         Batches(x[0], 1)
     with pytest.raises(BadType, match="x: got list"):
         Batches([[1.0]], 1)
+    with pytest.raises(BadValue, match="x: got 10 rows for 'a', 9 rows for 'b', expected as many rows"):
+        Batches({"a": x, "b": x[1:]}, 1)
+    with pytest.raises(BadValue, match="x: got an empty mapping, expected as many rows"):
+        Batches({}, 1)
+    with pytest.raises(BadType, match="x: got dict, expected an ActivationStore"):
+        Batches({"a": {"b": x}}, 1)

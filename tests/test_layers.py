@@ -27,6 +27,7 @@ LAYERS = (
     "functional",
     "losses",
     "initial",
+    "normalised",
     "sae",
     "data",
     "evaluate",

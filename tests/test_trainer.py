@@ -49,15 +49,14 @@ def losses(out):
 
 def stop_after(trainer, n):
     """Interrupt the trainer as Ctrl-C does, while it takes its n-th step."""
-    steps = trainer._steps
+    take = trainer._take_step
 
-    def interrupted():
-        for row in steps():
-            if row["step"] == n - 1:
-                os.kill(os.getpid(), signal.SIGINT)
-            yield row
+    def interrupted(batch):
+        if trainer.step == n - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        take(batch)
 
-    trainer._steps = interrupted
+    trainer._take_step = interrupted
     return trainer.fit()
 
 
@@ -134,9 +133,7 @@ def test_fitting_again_after_a_stop_goes_on_bit_for_bit(tmp_path, x):
     whole = make(tmp_path / "whole", x)
     whole.fit()
     parts = make(tmp_path / "parts", x)
-    steps = parts._steps
     stop_after(parts, 8)
-    parts._steps = steps
     parts.activations.load_state_dict(parts.activations.state_dict())
     parts.fit()
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
@@ -237,9 +234,59 @@ def test_batches_may_be_pairs_or_dicts_by_hook(tmp_path, x):
         make(None, x, batches=hooks.activations).fit()
 
 
+def of_width(d_in, d_out, batches, **changes):
+    torch.manual_seed(0)
+    sae = SAE(SAEConfig(d_in, 32, TopK(3), d_out=d_out))
+    return Trainer(sae, batches, dataclasses.replace(CONFIG, **changes))
+
+
+def test_several_hooks_stand_side_by_side_and_one_may_be_the_target(x):
+    hooks = [{"a": b[:, :3], "b": b[:, 3:], "c": b[:, 2:6]} for b in x.split(32)]
+    whole = of_width(8, None, [torch.cat([h["b"], h["a"]], 1) for h in hooks])
+    joined = of_width(8, None, hooks, hook=["b", "a"])
+    pairs = of_width(5, 4, [(h["b"], h["c"]) for h in hooks])
+    target = of_width(5, 4, hooks, hook="b", target_hook="c")
+    for trainer in (whole, joined, pairs, target):
+        trainer.fit()
+    assert joined.config.hook == ("b", "a")
+    assert same_weights(whole.sae, joined.sae)
+    assert same_weights(pairs.sae, target.sae)
+    assert not torch.equal(whole.sae.W_enc, SAE(whole.sae.config).W_enc)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"hook": ("a", "z")}, r"hook: got 'z', expected one of the batches' \['a', 'b'\]"),
+        (
+            {"hook": "a", "target_hook": "z"},
+            r"target_hook: got 'z', expected one of the batches' \['a', 'b'\]",
+        ),
+        ({"pairs": True, "hook": "a", "target_hook": "b"}, "target_hook: got 'b', expected None, since"),
+        (
+            {"plain": True, "target_hook": "b"},
+            "target_hook: got 'b', expected None, since the batches aren't",
+        ),
+        ({"plain": True, "hook": ("a", "b")}, r"hook: got \['a', 'b'\], expected None, since the batches"),
+    ],
+)
+def test_hooks_that_the_batches_lack(x, changes, message):
+    batches = [{"a": b, "b": b} for b in x.split(32)]
+    if changes.pop("pairs", False):
+        batches = [(b, b["a"]) for b in batches]
+    if changes.pop("plain", False):
+        batches = list(x.split(32))
+    with pytest.raises(ValueError, match=message):
+        of_width(8, None, batches, **changes).fit()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hook": ("a", "a")}, r"hook: got \['a', 'a'\], expected different hooks"),
+        ({"hook": ()}, r"hook: got \[\], expected different hooks, at least one"),
+        ({"hook": 3}, "hook: got int"),
+        ({"target_hook": ("a",)}, "target_hook: got tuple, expected a hook or None"),
         ({"warmup": 0.75, "decay": 0.5}, r"warmup \+ decay: got 1.25"),
         ({"on_nan": "ignore"}, "on_nan: got 'ignore'"),
         ({"n_steps": 0}, "n_steps: got 0"),

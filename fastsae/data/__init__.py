@@ -6,6 +6,11 @@ A model's activations once, from disk ever after::
     train, held_out = split_rows(len(store), held_out=16_384, seed=0)
     for x in Batches(store, 1024, rows=train, n_tokens=1_000_000): ...        # [1024, 384] float32
 
+Several hooks in one pass over the model, batches as dicts by hook::
+
+    stores = cached_activations("minilm", ["encoder.layer.2", "encoder.layer.3"], "python-docs")
+    for x in Batches(stores, 1024): ...                                       # {hook: [1024, 384]}, same rows
+
 Straight from the model, with nothing on the disk::
 
     model, tokenizer = load_model("minilm")
@@ -16,10 +21,11 @@ Straight from the model, with nothing on the disk::
 own ``.npy`` or ``.safetensors`` file. transformers and datasets are imported only when they are needed.
 """
 
-from fastsae.data.activations import Activations, ModelActivations, load_model
+from fastsae.data.activations import Activations, ModelActivations, load_model, special_ids
 from fastsae.data.batches import Batches, split_rows
 from fastsae.data.buffer import ShuffleBuffer
 from fastsae.data.cache import cached_activations
+from fastsae.data.hooks import replaced_output
 from fastsae.data.store import ActivationStore, collect, open_activations
 from fastsae.data.text import read_texts
 
@@ -34,5 +40,7 @@ __all__ = [
     "load_model",
     "open_activations",
     "read_texts",
+    "replaced_output",
+    "special_ids",
     "split_rows",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fastsae.checks import BadValue, FastSAEError, check_number, check_type, reject
+from fastsae.data.hooks import StopForward, find_module, first_output
 from fastsae.data.text import Texts
 
-__all__ = ["Activations", "ModelActivations", "load_model", "model_folder"]
+__all__ = ["Activations", "ModelActivations", "load_model", "model_folder", "special_ids"]
 
 _ONLY_IDS = {
     "add_special_tokens": False,
@@ -88,6 +88,18 @@ def load_model(model: str | Path) -> tuple[nn.Module, Any]:
     return loaded.eval(), tokenizer
 
 
+def special_ids(tokenizer: Any) -> Tensor:
+    """Return the ids of the special tokens [n] int64, ascending.
+
+    That of unknown words is among them only if it has another role too, as in GPT-2.
+    """
+    roles = {
+        getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "sep", "cls", "pad", "mask")
+    }
+    ids = set(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - roles)
+    return torch.tensor(sorted(ids), dtype=torch.int64)
+
+
 class ModelActivations:
     """Iterate over a model's activations at one or several modules, a batch of windows at a time.
 
@@ -151,7 +163,7 @@ class ModelActivations:
             check_number("n_tokens", n_tokens, integer=True, low=1)
         self.model = model.eval() if device is None else model.eval().to(device)
         self.hooks = [hook] if isinstance(hook, str) else list(hook)
-        self._modules = {path: _find_module(model, path) for path in self.hooks}
+        self._modules = {path: find_module(model, path) for path in self.hooks}
         if not self.hooks:
             reject("hook", "an empty list", "at least one module path")
         self._several = not isinstance(hook, str)
@@ -159,7 +171,7 @@ class ModelActivations:
         self.texts = Texts(texts) if isinstance(texts, (str, Path)) else texts
         self.context, self.batch_size, self.n_tokens, self.progress = context, batch_size, n_tokens, progress
         self.add_special_tokens, self.dtype = add_special_tokens, dtype
-        self._special = _special_ids(tokenizer) if drop_special_tokens else torch.empty(0, dtype=torch.int64)
+        self._special = special_ids(tokenizer) if drop_special_tokens else torch.empty(0, dtype=torch.int64)
         takes_cache = "use_cache" in inspect.signature(model.forward).parameters
         self._options = {"use_cache": False} if takes_cache else {}
         self._started = False
@@ -179,7 +191,7 @@ class ModelActivations:
         with tqdm(
             total=total, unit=" tokens", unit_scale=True, disable=None if self.progress else True
         ) as bar:
-            for ids in self._windows():
+            for ids in self.windows():
                 keep = ~torch.isin(ids.flatten(), self._special)
                 if self.n_tokens is not None:
                     keep &= keep.cumsum(0) <= self.n_tokens - self._tokens
@@ -216,7 +228,7 @@ class ModelActivations:
         if isinstance(self.texts, Iterator) or (isinstance(self.texts, Texts) and self.texts.remote):
             return self.n_tokens
         total = 0
-        for ids in self._windows():
+        for ids in self.windows():
             total += int((~torch.isin(ids, self._special)).sum())
             if self.n_tokens is not None and total >= self.n_tokens:
                 return self.n_tokens
@@ -230,8 +242,8 @@ class ModelActivations:
                 yield from ids
                 yield from end
 
-    def _windows(self) -> Iterator[Tensor]:
-        """Yield [batch, context] int64 windows; the last, shorter window comes by itself."""
+    def windows(self) -> Iterator[Tensor]:
+        """Yield the text's [batch, context] int64 windows; the last, shorter window comes by itself."""
         start = _first_id(self.tokenizer, "bos_token_id", "cls_token_id") if self.add_special_tokens else None
         room = self.context - (start is not None)
         stream = self._token_stream()
@@ -256,7 +268,7 @@ class ModelActivations:
             ):  # a copy, because layers above may write into x, and an ordinary one
                 outputs[path] = x.index_select(0, rows.to(x.device)).to(self.dtype)
             if len(outputs) == len(self._modules):
-                raise _Stop
+                raise StopForward
 
         handles = [
             module.register_forward_hook(lambda _module, _args, output, path=path: catch(path, output))
@@ -265,7 +277,7 @@ class ModelActivations:
         try:
             with torch.inference_mode():
                 self.model(input_ids=ids.to(next(self.model.parameters()).device), **self._options)
-        except _Stop:
+        except StopForward:
             pass
         finally:
             for handle in handles:
@@ -276,15 +288,9 @@ class ModelActivations:
         return {path: outputs[path] for path in self.hooks} if self._several else outputs[self.hooks[0]]
 
 
-class _Stop(Exception):
-    """Ends a forward pass early; no error."""
-
-
 def _flat_output(path: str, output: Any, ids: Tensor) -> Tensor:
     """The output of a module as [batch * tokens, d]."""
-    if isinstance(output, dict):
-        output = tuple(output.values())
-    x = output[0] if isinstance(output, (tuple, list)) and output else output
+    x = first_output(output)
     fits = isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1
     if not fits or x.shape[:-1].numel() != ids.numel():
         got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -309,24 +315,5 @@ def _grouped(texts: Iterable[str]) -> Iterator[list[str]]:
         yield group
 
 
-def _find_module(model: nn.Module, path: str) -> nn.Module:
-    modules = dict(model.named_modules())
-    if path in modules and path:
-        return modules[path]
-    close = [name for name in modules if name.endswith(f".{path}")] if path else []
-    close += [name for name in difflib.get_close_matches(path, modules, n=5, cutoff=0.5) if name not in close]
-    names = ", ".join(map(repr, close[:5] or [name for name, _ in model.named_children()]))
-    reject("hook", repr(path), f"a module path of {type(model).__name__}, such as {names}")
-
-
 def _first_id(tokenizer: Any, *names: str) -> int | None:
     return next((i for name in names if (i := getattr(tokenizer, name, None)) is not None), None)
-
-
-def _special_ids(tokenizer: Any) -> Tensor:
-    """The ids of the special tokens; that of unknown words only if it has another role too, as in GPT-2."""
-    roles = {
-        getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "sep", "cls", "pad", "mask")
-    }
-    ids = set(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - roles)
-    return torch.tensor(sorted(ids), dtype=torch.int64)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -11,6 +12,8 @@ from fastsae.checks import check_number, check_type, reject
 from fastsae.data.store import ActivationStore, fetch_rows
 
 __all__ = ["Batches", "split_rows"]
+
+Rows = ActivationStore | np.ndarray | Tensor
 
 
 class Batches:
@@ -22,7 +25,8 @@ class Batches:
     a time; holds one permutation (8 bytes a row).
 
     Args:
-        x: [n, d]: a store, or any numpy array or tensor of numbers.
+        x: [n, d]: a store, or any numpy array or tensor of numbers; or several of them by name, all of n
+            rows, of which each batch takes the same.
         batch_size: tokens in a batch.
         rows: [r] integers, the rows to use; None: all.
         seed: of the order.
@@ -31,15 +35,15 @@ class Batches:
         drop_last: leave out the last batch if it isn't full.
 
     Yields:
-        [batch_size, d] float32 tensors, on the CPU or where the tensor ``x`` is.
+        [batch_size, d] float32 tensors, on the CPU or where the tensor ``x`` is; for several a dict of them.
 
     Raises:
-        ValueError: sizes that don't fit, rows out of range, or nothing to yield.
+        ValueError: sizes that don't fit or differ, rows out of range, or nothing to yield.
     """
 
     def __init__(
         self,
-        x: ActivationStore | np.ndarray | Tensor,
+        x: Rows | Mapping[str, Rows],
         batch_size: int,
         *,
         rows: Sequence[int] | np.ndarray | Tensor | None = None,
@@ -48,21 +52,18 @@ class Batches:
         n_tokens: int | None = None,
         drop_last: bool = True,
     ) -> None:
-        check_type("x", x, (ActivationStore, np.ndarray, Tensor), "an ActivationStore, an array or a tensor")
-        if not isinstance(x, ActivationStore) and x.ndim != 2:
-            reject("x", list(x.shape), "[n, d]")
+        n = _check_rows(x)
         check_number("batch_size", batch_size, integer=True, low=1)
         check_number("seed", seed, integer=True, low=0)
-        self.x, self.batch_size, self.seed, self.shuffle = x, batch_size, seed, shuffle
+        self.x = dict(x) if isinstance(x, Mapping) else x
+        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.rows = None if rows is None else np.asarray(rows)
         if self.rows is not None:
             if self.rows.ndim != 1 or self.rows.dtype.kind not in "iu":
                 reject("rows", f"{self.rows.dtype} {list(self.rows.shape)}", "integers [r]")
-            if self.rows.size and not 0 <= self.rows.min() <= self.rows.max() < len(x):
-                reject(
-                    "rows", f"rows {self.rows.min()} to {self.rows.max()}", f"rows within 0 to {len(x) - 1}"
-                )
-        self.n_rows = len(x) if self.rows is None else len(self.rows)
+            if self.rows.size and not 0 <= self.rows.min() <= self.rows.max() < n:
+                reject("rows", f"rows {self.rows.min()} to {self.rows.max()}", f"rows within 0 to {n - 1}")
+        self.n_rows = n if self.rows is None else len(self.rows)
         if n_tokens is not None:
             check_number("n_tokens", n_tokens, integer=True, low=1)
         total = self.n_rows if n_tokens is None else n_tokens
@@ -76,13 +77,16 @@ class Batches:
         """The number of batches in the whole stream."""
         return -(-self.n_tokens // self.batch_size)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Any]:
         self._position, self._start = self._start, 0
         while self._position < self.n_tokens:
             size = min(self.batch_size, self.n_tokens - self._position)
             rows = self._rows_at(self._position, size)
             self._position += size
-            yield fetch_rows(self.x, rows)
+            if isinstance(self.x, dict):
+                yield {name: fetch_rows(x, rows) for name, x in self.x.items()}
+            else:
+                yield fetch_rows(self.x, rows)
 
     def _rows_at(self, position: int, size: int) -> np.ndarray:
         parts = []
@@ -118,6 +122,21 @@ class Batches:
             reject("state", got, f"seed {self.seed} and {self.n_rows} rows, as in these batches")
         self._start = state["pass"] * self.n_rows + state["position"]
         self._position = 0
+
+
+def _check_rows(x: Any) -> int:
+    """The number of rows of ``x``, or of each entry where it is a mapping."""
+    named = x if isinstance(x, Mapping) else {"": x}
+    for one in named.values():
+        kinds = (ActivationStore, np.ndarray, Tensor)
+        check_type("x", one, kinds, "an ActivationStore, an array or a tensor, or several by name")
+        if not isinstance(one, ActivationStore) and one.ndim != 2:
+            reject("x", list(one.shape), "[n, d]")
+    lengths = {name: len(one) for name, one in named.items()}
+    if len(set(lengths.values())) != 1:
+        got = ", ".join(f"{n} rows for {name!r}" for name, n in lengths.items()) or "an empty mapping"
+        reject("x", got, "as many rows for every name, and at least one name")
+    return next(iter(lengths.values()))
 
 
 def split_rows(n: int, held_out: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

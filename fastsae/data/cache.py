@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, overload
 
+import numpy as np
 import torch
 
-from fastsae.checks import BadValue, FastSAEError, check_choice, check_number, check_type
+from fastsae.checks import BadValue, FastSAEError, check_choice, check_number, check_type, reject
 from fastsae.data.activations import ModelActivations, load_model, model_folder
-from fastsae.data.store import FORMAT, ActivationStore, lock, write_store
+from fastsae.data.store import FORMAT, ActivationStore, lock, write_stores
 from fastsae.data.text import Source, Texts, text_digest
 
 __all__ = ["cached_activations"]
@@ -20,6 +24,7 @@ __all__ = ["cached_activations"]
 _HASHED = 2 << 30  # bytes of weights up to which their content counts, then their size and time
 
 
+@overload
 def cached_activations(
     model: str | Path,
     hook: str,
@@ -31,20 +36,50 @@ def cached_activations(
     dtype: str = "float32",
     device: str | None = None,
     progress: bool = True,
-) -> ActivationStore:
+) -> ActivationStore: ...
+
+
+@overload
+def cached_activations(
+    model: str | Path,
+    hook: list[str] | tuple[str, ...],
+    text: Source,
+    *,
+    context: int = 128,
+    n_tokens: int | None = None,
+    cache_dir: str | Path | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    progress: bool = True,
+) -> dict[str, ActivationStore]: ...
+
+
+def cached_activations(
+    model: str | Path,
+    hook: str | list[str] | tuple[str, ...],
+    text: Source,
+    *,
+    context: int = 128,
+    n_tokens: int | None = None,
+    cache_dir: str | Path | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    progress: bool = True,
+) -> ActivationStore | dict[str, ActivationStore]:
     """Return the activations of ``model`` at ``hook`` on ``text``, from the cache if they are there.
 
-    The key is a sha256 of all that changes the numbers: the model's files (or its commit on the hub), hook,
-    context, the text itself (a data set counts by its name), dtype, the device's kind and the versions of
-    torch and transformers. Looking up costs reading the text and the weights (beyond 2 GiB: their size and
-    time), without loading the model.
+    Each hook has a store of its own there. Its key is a sha256 of all that changes the numbers: the model's
+    files (or its commit on the hub), hook, context, the text itself (a data set counts by its name), dtype,
+    the device's kind and the versions of torch and transformers. Looking up costs reading the text and the
+    weights (beyond 2 GiB: their size and time), without loading the model. Of several hooks those that are
+    missing are computed together, in one pass over the model.
 
     ``n_tokens`` is no part of it. Of a store with more tokens come the first ``n_tokens``; one with too few
     is computed anew and replaced, and whoever has it open keeps the old one.
 
     Args:
         model: see :func:`load_model`.
-        hook: one module path.
+        hook: a module path, or a list of them.
         text: see :func:`read_texts`.
         context: tokens in a window.
         n_tokens: how many activations at most; None: the whole text.
@@ -53,11 +88,15 @@ def cached_activations(
         device: where the model runs; None: a GPU if there is one.
         progress: show a progress bar.
 
+    Returns:
+        A store; for a list of hooks a dict of stores by module path, with the same tokens in the same order.
+
     Raises:
-        ValueError: bad arguments, or no tokens; see :class:`ModelActivations` and :func:`read_texts`.
+        ValueError: bad arguments, no tokens, or stores of a data set that has changed between them; see
+            :class:`ModelActivations` and :func:`read_texts`.
         FastSAEError: the model or the data set can't be loaded.
     """
-    check_type("hook", hook, str, "one module path")
+    hooks = _check_hooks(hook)
     check_choice("dtype", dtype, ("float32", "float16", "bfloat16"))
     check_number("context", context, integer=True, low=1)
     if n_tokens is not None:
@@ -66,7 +105,7 @@ def cached_activations(
     about = {
         "model": str(model),
         "model_digest": _model_digest(model_folder(model)),
-        "hook": hook,
+        "hook": "",
         "context": context,
         "text": [str(one) for one in text] if isinstance(text, (list, tuple)) else str(text),
         "text_digest": text_digest(text),
@@ -74,29 +113,73 @@ def cached_activations(
         "device": torch.device(device).type,
         "versions": {"torch": torch.__version__, "transformers": version("transformers").split(".")[0]},
     }
-    origin = {name: value for name, value in about.items() if name not in ("model", "text", "limit")}
-    origin |= {"dtype": dtype, "format": FORMAT}
-    key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
-    name = re.sub(r"[^\w.-]+", "-", f"{Path(model).name}-{hook}")[:80]
-    directory = _cache_root(cache_dir) / f"{name}-{key[:16]}"
-    if (found := _find(directory, n_tokens)) is not None:
-        return found
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with lock(directory):
-        if (found := _find(directory, n_tokens)) is not None:  # another process was faster
-            return found
+    root = _cache_root(cache_dir)
+    places = {path: _place(root, about | {"hook": path}, dtype) for path in hooks}
+
+    def compute(missing: list[str]) -> dict[str, ActivationStore]:
         loaded, tokenizer = load_model(model)
         chunks = ModelActivations(
             loaded,
             tokenizer,
-            hook,
+            missing,
             Texts(text),
             context=context,
             device=device,
             n_tokens=n_tokens,
             progress=progress,
         )
-        return write_store(chunks, directory, dtype, about | {"key": key})
+        return write_stores(chunks, {path: places[path] for path in missing}, dtype)
+
+    stores = _find_or_compute({path: place[0] for path, place in places.items()}, n_tokens, compute)
+    _check_same_tokens(stores)
+    return stores[hook] if isinstance(hook, str) else stores
+
+
+def _check_hooks(hook: Any) -> list[str]:
+    hooks = [hook] if isinstance(hook, str) else hook
+    check_type("hook", hooks, (list, tuple), "a module path, or a list of them")
+    for path in hooks:
+        check_type("hook", path, str, "module paths as strings")
+    if not hooks or len(set(hooks)) < len(hooks):
+        reject("hook", list(hooks), "different module paths, at least one")
+    return list(hooks)
+
+
+def _place(root: Path, about: dict[str, Any], dtype: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of a store, and what its manifest says of its origin."""
+    origin = {name: value for name, value in about.items() if name not in ("model", "text", "limit")}
+    origin |= {"dtype": dtype, "format": FORMAT}
+    key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
+    name = re.sub(r"[^\w.-]+", "-", f"{Path(about['model']).name}-{about['hook']}")[:80]
+    return root / f"{name}-{key[:16]}", about | {"key": key}
+
+
+def _find_or_compute(
+    directories: dict[str, Path],
+    n_tokens: int | None,
+    compute: Callable[[list[str]], dict[str, ActivationStore]],
+) -> dict[str, ActivationStore]:
+    """The stores in ``directories``, those that aren't there by one call of ``compute``."""
+    found = {path: _find(directory, n_tokens) for path, directory in directories.items()}
+    if missing := [path for path in directories if found[path] is None]:
+        directories[missing[0]].parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as locks:
+            for directory in sorted(directories[path] for path in missing):  # no two wait for each other
+                locks.enter_context(lock(directory))
+            for path in missing:  # another process may have been faster
+                found[path] = _find(directories[path], n_tokens)
+            if missing := [path for path in missing if found[path] is None]:
+                found |= compute(missing)
+    return {path: store for path, store in found.items() if store is not None}
+
+
+def _check_same_tokens(stores: dict[str, ActivationStore]) -> None:
+    """Raise unless row i is the same token in all: a data set may have grown since an older store."""
+    first, *others = stores.values()
+    for other in others:
+        if not np.array_equal(first.token_ids, other.token_ids):  # type: ignore[arg-type]
+            got = f"'{first.path}' and '{other.path}' with different tokens"
+            reject("text", got, "the same in all: delete both, and they are computed anew")
 
 
 def _find(directory: Path, n_tokens: int | None) -> ActivationStore | None:

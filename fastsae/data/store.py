@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,7 +21,16 @@ from fastsae.data.tensorfile import TensorWriter, map_tensors
 if TYPE_CHECKING:
     from filelock import FileLock
 
-__all__ = ["ActivationStore", "collect", "fetch_rows", "lock", "open_activations", "write_store"]
+__all__ = [
+    "ActivationStore",
+    "SideBySide",
+    "collect",
+    "fetch_rows",
+    "lock",
+    "open_activations",
+    "write_store",
+    "write_stores",
+]
 
 FORMAT = 1
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -128,6 +137,26 @@ class ActivationStore:
                 reject("activations", got, "the data that collect wrote")
 
 
+class SideBySide(ActivationStore):
+    """Stores of the same tokens as one of [n_tokens, sum of their widths], a crosscoder's input.
+
+    Rows are read from each and joined when asked for; ``array`` is the first one's.
+    """
+
+    def __init__(self, sites: Sequence[ActivationStore]) -> None:
+        first, self.sites = sites[0], sites
+        widths = [site.d_in for site in sites]
+        manifest = {"n_tokens": len(first), "d_in": sum(widths), "dtype": first.dtype}
+        super().__init__(first.path, manifest, first.array, first.token_ids)
+
+    @property
+    def d_in(self) -> int:
+        return self.manifest["d_in"]
+
+    def __getitem__(self, rows: slice | np.ndarray | Tensor) -> Tensor:
+        return torch.cat([site[rows] for site in self.sites], 1)
+
+
 def fetch_rows(x: ActivationStore | np.ndarray | Tensor, rows: np.ndarray) -> Tensor:
     """Return ``x[rows]`` for integers ``rows`` as a float32 tensor [len(rows), d]."""
     if isinstance(x, ActivationStore):
@@ -217,38 +246,94 @@ def write_store(
     A folder that has that name already is there until the new one is complete, and goes then. Who has it
     mapped into memory keeps it.
     """
-    _sweep(directory)
-    partial = _partial(directory)
-    partial.mkdir()
+    parts = (
+        ({"": chunk.x}, chunk.token_ids) if isinstance(chunk, Activations) else ({"": chunk}, None)
+        for chunk in chunks
+    )
+    return _write(parts, {"": (directory, metadata)}, dtype)[""]
+
+
+def write_stores(
+    chunks: Iterable[Activations], places: Mapping[str, tuple[Path, dict[str, Any]]], dtype: str
+) -> dict[str, ActivationStore]:
+    """Write a store for each of several hooks in one pass over ``chunks``; the caller holds every lock.
+
+    No store takes its place before all are complete, and each does so as in :func:`write_store`.
+
+    Args:
+        chunks: activations by hook, as :class:`ModelActivations` gives them for a list of hooks.
+        places: for each hook the store's folder, and more entries for its manifest.
+        dtype: of all of them.
+    """
+    return _write(((chunk.x, chunk.token_ids) for chunk in chunks), places, dtype)
+
+
+def _write(
+    parts: Iterable[tuple[Any, Tensor | None]],
+    places: Mapping[str, tuple[Path, dict[str, Any]]],
+    dtype: str,
+) -> dict[str, ActivationStore]:
+    """Write the entry ``name`` of each part's dict to ``places[name]``."""
+    directories = {name: directory for name, (directory, _) in places.items()}
+    for directory in directories.values():
+        _sweep(directory)
+    partials = {name: _partial(directory) for name, directory in directories.items()}
     try:
-        about = _write_data(chunks, partial, dtype)
-        (partial / _MANIFEST).write_text(json.dumps(metadata | about, indent=2) + "\n", "utf-8")
-        _rename(partial, directory)
+        for partial in partials.values():
+            partial.mkdir()
+        for name, about in _write_data(parts, partials, dtype).items():
+            manifest = places[name][1] | about
+            (partials[name] / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+        for name, directory in directories.items():
+            _rename(partials[name], directory)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        for partial in partials.values():
+            shutil.rmtree(partial, ignore_errors=True)
         raise
-    return ActivationStore.open(directory)
+    return {name: ActivationStore.open(directory) for name, directory in directories.items()}
 
 
-def _write_data(chunks: Iterable[Activations | Tensor], folder: Path, dtype: str) -> dict[str, Any]:
-    """Write the tensors of a store; returns the manifest's entries about them."""
+def _write_data(
+    parts: Iterable[tuple[Any, Tensor | None]], folders: dict[str, Path], dtype: str
+) -> dict[str, dict[str, Any]]:
+    """Write the tensors of the stores; returns the manifests' entries about them."""
     with ExitStack() as stack:
-        data = stack.enter_context(TensorWriter(folder / _DATA, "activations", _DTYPES[dtype]))
-        ids: TensorWriter | None = None
-        width = None
-        for chunk in chunks:
-            x, token_ids = (chunk.x, chunk.token_ids) if isinstance(chunk, Activations) else (chunk, None)
-            width = _check_chunk(x, token_ids, width)
-            data.write(_narrow(x, dtype))
-            if token_ids is not None:
-                ids = ids or stack.enter_context(TensorWriter(folder / _IDS, "token_ids", torch.int32))
-                ids.write(token_ids)
-        if not data.n_rows:
+        writers = {name: _StoreWriter(folder, dtype, stack) for name, folder in folders.items()}
+        for by_name, token_ids in parts:
+            for name, writer in writers.items():
+                writer.write(by_name[name], token_ids)
+        return {name: writer.finish() for name, writer in writers.items()}
+
+
+class _StoreWriter:
+    """The tensors of a store under way in ``folder``; ``stack`` closes its files."""
+
+    def __init__(self, folder: Path, dtype: str, stack: ExitStack) -> None:
+        self.folder, self.dtype, self.stack = folder, dtype, stack
+        self.data = stack.enter_context(TensorWriter(folder / _DATA, "activations", _DTYPES[dtype]))
+        self.ids: TensorWriter | None = None
+        self.width: int | None = None
+
+    def write(self, x: Any, token_ids: Tensor | None) -> None:
+        self.width = _check_chunk(x, token_ids, self.width)
+        self.data.write(_narrow(x, self.dtype))
+        if token_ids is not None:
+            if self.ids is None:
+                writer = TensorWriter(self.folder / _IDS, "token_ids", torch.int32)
+                self.ids = self.stack.enter_context(writer)
+            self.ids.write(token_ids)
+
+    def finish(self) -> dict[str, Any]:
+        """Complete the files; returns the manifest's entries about them."""
+        n_rows = self.data.n_rows
+        if not n_rows:
             reject("chunks", "no tokens", "at least one")
-        if ids and ids.n_rows != data.n_rows:
-            reject("chunks", f"token ids for {ids.n_rows} of {data.n_rows} tokens", "ids for all or for none")
-        sums = {"activations": data.finish()} | ({"token_ids": ids.finish()} if ids else {})
-    return {"format": FORMAT, "n_tokens": data.n_rows, "d_in": width, "dtype": dtype, "sha256": sums}
+        if self.ids and self.ids.n_rows != n_rows:
+            reject("chunks", f"token ids for {self.ids.n_rows} of {n_rows} tokens", "ids for all or for none")
+        sums = {"activations": self.data.finish()} | ({"token_ids": self.ids.finish()} if self.ids else {})
+        return {
+            "format": FORMAT, "n_tokens": n_rows, "d_in": self.width, "dtype": self.dtype, "sha256": sums,
+        }  # fmt: skip
 
 
 def lock(directory: Path, timeout: float = -1) -> FileLock:

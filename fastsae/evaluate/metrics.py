@@ -139,8 +139,8 @@ class _Sums:
         self.skipped += skipped
         if not (n := len(x)):
             return
-        code = self.sae.encode_sparse(x.to(self.sae.dtype))
-        x_hat, target = self.sae.decode(code).double(), target.double()
+        x_hat, code = self.sae.reconstruct(x.to(self.sae.dtype))
+        x_hat, target = x_hat.double(), target.double()
         entry = torch.arange(len(code.values), device=code.values.device)
         active = (code.values > 0) & (entry < code.offsets[-1])
         fired = code.indices[active].long()

@@ -159,6 +159,16 @@ class RowAdam(torch.optim.Optimizer):
         rows = weight if remainder is None else join(weight, remainder)
         return rows.view(-1, *param.shape[1:]) if param.ndim else rows.view(param.shape)
 
+    @torch.no_grad()
+    def reset_rows_(self, param: Tensor, rows: Tensor) -> None:
+        """Forget the moments of some rows [R] int64 of ``param``, as if they had never been touched."""
+        state = self._state(param)
+        for name, t in state.items():
+            rows_of = t if name == "last_step" else t.view(param.shape[0], -1)
+            rows_of[rows.to(t.device)] = 0
+        if self._group(param)["mode"] == "deferred":  # nothing is owed for the steps before
+            state["last_step"][rows.to(state["last_step"].device)] = int(self._group(param)["steps"])
+
     def row_steps(self, param: Tensor) -> Tensor:
         """The step up to which each row of ``param`` is up to date, [M] int32."""
         return self._state(param)["last_step"]

@@ -1,8 +1,9 @@
-"""The backward of a step whose loss has more to it than ``row_step`` knows: learning thresholds, gates, partial
-reconstructions, other penalties, clipping.
+"""The backward of a step whose loss has more to it than ``row_step`` knows: learning thresholds, gates,
+partial reconstructions, other penalties, clipping.
 
-It is the same arithmetic, of the same operators: dL / df at every entry, what follows of it for pre-activations
-and for the vectors of the activation, then rows of gradients, a block at a time, straight into the optimizer.
+It is the same arithmetic, of the same operators: dL / df at every entry, what follows of it for
+pre-activations and for the vectors of the activation, then rows of gradients, a block at a time, straight
+into the optimizer.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ class SparseBackward:
         self.d_pre = torch.where(self.values > 0, self.d_values, 0)
         self.d_bias, self.coefs = self.d_pre, self.values
         self.vectors: dict[str, Tensor] = {}
-        if sae.thresholds_learn():
-            self._thresholds()
+        if (bandwidth := sae.band()) is not None:
+            self._thresholds(bandwidth)
         elif isinstance(sae.config.activation, Gated):
             self._gates()
         self.finite = self._is_finite()
@@ -83,7 +84,7 @@ class SparseBackward:
         return nested.Gradients(self.g, weight * found.values, found.latents, weight * found.rows)
 
     def _charge(self) -> Tensor | None:
-        """Add to d_values what is charged for activations; return dL / d||W_dec[i]|| of the charged entries."""
+        """Add to d_values what is charged for activations; return dL / d||W_dec[i]|| at these entries."""
         terms = charges_of(self.sae)
         if not terms:
             return None
@@ -101,8 +102,8 @@ class SparseBackward:
         i = isinstance(self.sae.config.activation, Gated)
         return slice(self.sets[i], self.sets[i + 1])
 
-    def _thresholds(self) -> None:
-        main, bandwidth = slice(self.sets[1]), self.sae.config.activation.bandwidth
+    def _thresholds(self, bandwidth: float) -> None:
+        main = slice(self.sets[1])
         theta = upcast(self.sae.log_threshold).exp()[self.latents[main]]
         band = in_band(self.values[main], theta, bandwidth)
         pulled = (theta / bandwidth) * (theta * self.d_values[main] + self.slopes.l0)
@@ -275,7 +276,7 @@ def by_length(rows: Tensor, n_sites: int) -> Tensor:
 
 
 def clip_factor(square: Tensor, most: float) -> Tensor:
-    """What gradients whose norm's square is given are multiplied by: torch.nn.utils.clip_grad_norm_'s rule."""
+    """What gradients with this square of their norm are multiplied by, as by torch's clip_grad_norm_."""
     return (most / (square.sqrt() + 1e-6)).clamp_max(1)
 
 

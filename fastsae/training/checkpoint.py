@@ -23,7 +23,14 @@ from torch.utils._pytree import tree_map
 from fastsae.checks import BadValue, reject
 from fastsae.shards import MAX_SHARD_BYTES, Rows, StoredTensors, sync, write_shards
 
-__all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "checkpoints",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "prune_checkpoints",
+    "remove_checkpoint",
+    "save_checkpoint",
+]
 
 _STEM, _PLAIN = "state", "state.json"
 _NAME = re.compile(r"step-(\d{9})")
@@ -54,17 +61,32 @@ def save_checkpoint(
     sync(temporary)
     os.replace(temporary, final)
     sync(folder)
-    for old in _checkpoints(folder)[:-keep]:
-        hidden = old.with_name(f".{old.name}.tmp")
-        os.replace(old, hidden)  # a half-removed checkpoint must not bear its name
-        shutil.rmtree(hidden)
+    prune_checkpoints(folder, keep)
     return final
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints in ``folder``."""
+    for old in list(checkpoints(folder).values())[:-keep]:
+        remove_checkpoint(old)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint; under its name it is whole or not at all."""
+    hidden = path.with_name(f".{path.name}.tmp")
+    os.replace(path, hidden)
+    shutil.rmtree(hidden)
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints in ``folder`` by step, the newest last."""
+    found = {path: _NAME.fullmatch(path.name) for path in sorted(folder.glob("step-*"))}
+    return {int(name[1]): path for path, name in found.items() if name}
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest step in ``folder``, or None."""
-    found = _checkpoints(folder)
-    return found[-1] if found else None
+    return next(reversed(checkpoints(folder).values()), None)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -121,10 +143,6 @@ class _Split(Tensor):
 
     def __deepcopy__(self, memo: dict) -> Tensor:
         return torch.cat(self.pieces)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
 
 
 def _pack(tensors: dict[str, Rows], limit: int) -> list[dict[str, Rows]]:

@@ -1,9 +1,9 @@
 """A step whose code would be larger than the scores: a block of latents at a time, densely.
 
-Where a rule lets thousands of latents fire for each token, as at the start of L1 and JumpReLU training, a sparse
-code has more numbers than [N, M], and gathering rows for them costs more than multiplying matrices. Here a
-block [N, B] of scores is made, used and let go, once forward and once more for its gradients, which go straight
-into the optimizer. Memory is a few such blocks, whatever fires.
+Where a rule lets thousands of latents fire for each token, as at the start of L1 and JumpReLU training, a
+sparse code has more numbers than [N, M], and gathering rows for them costs more than multiplying matrices.
+Here a block [N, B] of scores is made, used and let go, once forward and once more for its gradients, which go
+straight into the optimizer. Memory is a few such blocks, whatever fires.
 
     forward:   x_hat += f W_dec[block]
     backward:  d_f = g W_dec[block]^T + penalties;  rows of W_enc: d_pre^T x,  of W_dec: f^T g + penalties
@@ -30,8 +30,8 @@ from fastsae.training.pieces import Forward, Piece, charges_of
 __all__ = ["DenseBackward", "fill_densely", "pays"]
 
 DENSE_SHARE = 1 / 64
-"""Share of the latents that fires for a token from which this path takes less time (AMD EPYC, 2 threads, D = 384,
-N = 1024, M = 4096 and 16,384, 2026-11)."""
+"""Share of the latents firing for a token from which this path takes less time (AMD EPYC, 2 threads,
+D = 384, N = 1024, M = 4096 and 16,384, 2026-11)."""
 FEW_SCORES = 2**16
 """Up to so many scores in all, the sparse path is taken whatever fires."""
 BLOCK_SCORES = 2**20
@@ -67,7 +67,10 @@ class _Block:
         self.pre = nnf.linear(upcast(x), upcast(sae.W_enc[lo:hi]), upcast(sae.b_enc[lo:hi]))
         self.theta, self.gates = None, None
         if isinstance(sae.config.activation, JumpReLU):
-            self.theta = upcast(sae.log_threshold[lo:hi]).exp()
+            self.theta, self.bandwidth = (
+                upcast(sae.log_threshold[lo:hi]).exp(),
+                sae.config.activation.bandwidth,
+            )
             self.f = torch.where(self.pre > self.theta, self.pre, 0)
         elif isinstance(sae.config.activation, Gated):
             self.gates = self.pre.relu()
@@ -119,7 +122,7 @@ def fill_densely(sae: SAE, piece: Piece, target: Tensor) -> None:
     for block in _blocks(sae, piece.x):
         error.addmm_(block.f, block.W_dec)
         for other in others:
-            other.addmm_(block.gates, block.W_dec)
+            other.addmm_(block.charged(), block.W_dec)
         active += (on := block.f > 0).sum()
         fired.append(on.any(0))
         magnitude += block.charged().sum() + block.f.sum()
@@ -165,7 +168,8 @@ class DenseBackward:
 
     def update(self, opt: RowAdam) -> None:
         """Take the optimizer's step on every parameter that learns."""
-        sae, vectors, pull = self.sae, {}, torch.zeros_like(self.x[0])
+        sae, pull = self.sae, torch.zeros_like(self.x[0])
+        vectors: dict[str, list[Tensor]] = {}
         for block in _blocks(sae, self.forward.x):
             grads = self._gradients(block)
             pull += grads.pop("pull")
@@ -210,7 +214,7 @@ class DenseBackward:
             grads["r_mag"], grads["b_mag"] = (d_pre * block.stretch * block.wx).sum(0), d_pre.sum(0)
             d_pre = d_pre * block.stretch + d_bias
         if block.theta is not None:
-            theta, width = block.theta, sae.config.activation.bandwidth
+            theta, width = block.theta, block.bandwidth
             by_entry = torch.where((block.pre - theta).abs() < width / 2, theta * d_f + slopes.l0, 0)
             by_threshold = -(theta / width) * by_entry.sum(0)
             if slopes.short:
@@ -220,7 +224,7 @@ class DenseBackward:
                 d_bias = d_pre
                 by_threshold = by_threshold + theta * below.sum(0)
                 along += slopes.short * short.sum(0)
-            if sae.thresholds_learn():
+            if sae.log_threshold.requires_grad:
                 grads["log_threshold"] = by_threshold
         grads["W_dec"] = block.f.T @ self.g[0] + along[:, None] * by_length(block.W_dec, sae.config.n_sites)
         grads["W_enc"], grads["b_enc"] = d_pre.T @ self.x, d_bias.sum(0)

@@ -1,8 +1,8 @@
 """A step's batches: what is kept of each, and how they are joined.
 
-A loss may look at several reconstructions of a token: that of its code; of Gated's gates; of the dead latents,
-of what the code missed (AuxK). Each has a code and an error of its own, and stands in a row of its own: that
-of token n in the s-th set is row s N + n. So one pass over the rows of the weights serves all.
+A loss may look at several reconstructions of a token: that of its code; of Gated's gates; of the dead
+latents, of what the code missed (AuxK). Each has a code and an error of its own, and stands in a row of its
+own: that of token n in the s-th set is row s N + n. So one pass over the rows of the weights serves all.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class Piece:
 
     x: [N, d_in] what W_enc multiplies.  normalised: what W_skip does, None without it.
     finite: whether the input is.  spread: of the target.  largest: max |x|.
-    codes, errors: by set; the error [N, d_out] is how far the code's decode is off its target. A batch that was
-    made densely keeps no codes.
-    squares, peaks: [sets] the sum and the maximum over tokens of ||error||^2.  main_squares: the sum for what
-    decode gives.
+    codes, errors: by set; the error [N, d_out] is how far the code's decode is off its target. A batch that
+    was made densely keeps no codes.
+    squares, peaks: [sets] the sum and the maximum over tokens of ||error||^2.
+    main_squares: the sum for what decode gives.
     magnitude: the sum of |values| of all codes.  l0: mean.  charges: by term, unscaled means.
     fired: [M] bool, only of a batch that was made densely.
     """
@@ -100,11 +100,7 @@ def fill(sae: SAE, piece: Piece, target: Tensor, dead: Tensor | None, *, alone: 
     """
     backend = resolve(sae.backend, sae.W_enc)
     code, second = _encode(sae, piece.x, dead, backend, alone)
-    gates = None
-    if sae.thresholds_learn():
-        code, _ = F.jump(code, sae.log_threshold, sae.config.activation.bandwidth)
-    elif isinstance(sae.config.activation, Gated):
-        gates, code = code, F.gated(code, sae.b_enc, sae.r_mag, sae.b_mag)
+    code, _, _, gates = sae.activate(code, piece.x)
     sums, peaks = _decode(sae, piece, [code, gates], target, backend)
     main = sae.main_part(code)
     parts = sae.config.activation.nested(sae.config.n_latents)

@@ -15,9 +15,9 @@ from fastsae.backends.torch import BLOCK_ELEMENTS as OPERATOR_BLOCK
 from fastsae.backends.torch import BLOCK_SCORES, BLOCK_WEIGHTS, GROUP, MAX_TOKENS, MIN_COLUMNS
 from fastsae.checks import check_choice, check_number, check_type, reject
 from fastsae.config import SAEConfig
-from fastsae.policies import AuxK
 from fastsae.formats import BLOCK, STATE_DTYPES, WEIGHT_FORMATS
 from fastsae.optim.row_adam import BLOCK_ELEMENTS, GRAPH_STEPS
+from fastsae.policies import AuxK
 
 __all__ = ["FORMATS", "GPUS", "PARTS", "Gpu", "Workload", "check_fits", "memory", "plan_run", "step_ms"]
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
 from fastsae.checks import BadValue, check_choice, check_number, check_type, reject
-from fastsae.config import AuxK, BatchTopK, DecoderNormL1, ReLU, SAEConfig, TopK
+from fastsae.config import SAEConfig
 from fastsae.data import (
     ActivationStore,
     Batches,
@@ -21,20 +22,25 @@ from fastsae.data import (
     open_activations,
     split_rows,
 )
+from fastsae.data.store import SideBySide
 from fastsae.evaluate import Evaluation, evaluate, top_examples, write_report
 from fastsae.files import write_atomically, write_json
+from fastsae.policies import AuxK, BatchTopK, DecoderNormL1, ReLU, TopK
 from fastsae.sae import SAE
 from fastsae.training.logs import read_log
 from fastsae.training.plan import check_fits
-from fastsae.training.trainer import TrainConfig, Trainer, check_vacant
+from fastsae.training.together import check_vacant, fit_together, open_together
+from fastsae.training.trainer import TrainConfig, Trainer, pick
 
-__all__ = ["RunOptions", "evaluate_run", "load_options", "run"]
+__all__ = ["RunOptions", "evaluate_run", "load_options", "run", "tokens_wanted"]
 
 log = logging.getLogger("fastsae")
 
 OPTIONS_FILE = "run.yaml"
 _CALIBRATION_TOKENS = 16_384
 _EVALUATION_TOKENS = 1024  # at a time
+_TRANSCODERS = ("transcoder", "skip_transcoder")
+_STRUCTURES = ("autoencoder", *_TRANSCODERS, "crosscoder")
 _ACTIVATIONS = ("topk", "batchtopk", "relu")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,8 +51,12 @@ class RunOptions:
 
     Args:
         out: the run directory.
-        model, hook, text: a transformers id or path (or "minilm"), a module path, and a text source
-            (:func:`fastsae.data.read_texts`).
+        model, hook, text: a transformers id or path (or "minilm"), a module path or several, and a text
+            source (:func:`fastsae.data.read_texts`).
+        target_hook: a transcoder's target: the module path of what it reconstructs.
+        structure: "autoencoder" (of several hooks one dictionary each, in ``out``/hook), "transcoder",
+            "skip_transcoder" or "crosscoder" (one dictionary of all hooks, which must be of one width). None:
+            "transcoder" with a target_hook, else "autoencoder".
         activations: a file or folder of activations in place of the three above.
         tokens: tokens to train on; None is one pass. Beyond the data, it is reshuffled and repeated.
         latents, k, activation: dictionary size, active latents, and "topk", "batchtopk" or "relu".
@@ -66,7 +76,9 @@ class RunOptions:
 
     out: str
     model: str | None = None
-    hook: str | None = None
+    hook: str | list[str] | None = None
+    target_hook: str | None = None
+    structure: str | None = None
     text: str | list[str] | None = None
     activations: str | None = None
     tokens: int | None = None
@@ -112,6 +124,7 @@ class RunOptions:
         if self.activations is None and len(sources) < 3:
             missing = [name for name in ("model", "hook", "text") if name not in sources]
             reject("model, hook, text", f"no {' and no '.join(missing)}", "all three, or activations")
+        self._check_structure()
         check_choice("activation", self.activation, _ACTIVATIONS)
         check_choice("dtype", self.dtype, _DTYPES)
         _check_device(self.device)
@@ -121,7 +134,7 @@ class RunOptions:
             check_number("tokens", self.tokens, integer=True, low=self.batch_size)
         # every other check, before any work: the same objects at width 1, without memory
         sae = SAE(
-            self.sae_config(1, 1),
+            self.sae_config(self.n_sites, 1),
             device="meta",
             dtype=_DTYPES[self.dtype],
             weight_format=self.weight_format,
@@ -129,13 +142,61 @@ class RunOptions:
         )
         Trainer(sae, [], dataclasses.replace(self.train_config(), n_steps=1))
 
-    def sae_config(self, d_in: int, n_tokens: int) -> SAEConfig:
-        """The dictionary for activations of width ``d_in``, trained on ``n_tokens`` tokens."""
+    def _check_structure(self) -> None:
+        check_choice("structure", self.kind, _STRUCTURES)
+        if self.activations is not None and self.kind != "autoencoder":
+            reject("structure", repr(self.kind), "'autoencoder' beside activations: one file is one hook's")
+        hooks = self.hooks
+        if not hooks or len(set(hooks)) < len(hooks):
+            reject("hook", hooks, "different module paths, at least one")
+        if self.kind in _TRANSCODERS:
+            if self.target_hook is None:
+                reject("target_hook", None, f"the module path of a {self.kind}'s target")
+            if len(hooks) > 1:
+                reject("hook", hooks, f"one module path for a {self.kind}")
+        elif self.target_hook is not None:
+            reject("target_hook", repr(self.target_hook), f"None beside structure {self.kind!r}")
+        if self.kind == "crosscoder" and len(hooks) < 2:
+            reject("hook", hooks, "at least two module paths for a crosscoder")
+
+    @property
+    def kind(self) -> str:
+        """The structure, its default resolved."""
+        default = "autoencoder" if self.target_hook is None else "transcoder"
+        return default if self.structure is None else self.structure
+
+    @property
+    def hooks(self) -> list[str]:
+        """The inputs by name: module paths, or the file of activations."""
+        hook = self.hook if self.activations is None else self.activations
+        return list(hook) if isinstance(hook, list) else [str(hook)]
+
+    @property
+    def n_sites(self) -> int:
+        """How many inputs a dictionary has."""
+        return len(self.hooks) if self.kind == "crosscoder" else 1
+
+    def dictionaries(self) -> list[RunOptions]:
+        """The options of each dictionary's own run: these, or of several autoencoders one in ``out``/hook."""
+        if self.n_sites == len(self.hooks):
+            return [self]
+        return [dataclasses.replace(self, out=str(Path(self.out) / hook), hook=hook) for hook in self.hooks]
+
+    def sae_config(self, d_in: int, n_tokens: int, d_out: int | None = None) -> SAEConfig:
+        """The dictionary for activations of width ``d_in``, trained on ``n_tokens`` tokens.
+
+        Args:
+            d_in: of a crosscoder the sum of all hooks' widths.
+            d_out: of a transcoder's target; None is ``d_in``.
+        """
         common: dict[str, Any] = {
             "d_in": d_in,
             "n_latents": self.latents,
             "normalization": self.normalization,
+            "n_sites": self.n_sites,
         }
+        if self.kind in _TRANSCODERS:
+            common |= {"d_out": d_out, "transcoder": True, "skip": self.kind == "skip_transcoder"}
         if self.activation == "relu":
             return SAEConfig(activation=ReLU(), losses=(DecoderNormL1(self.l1),), **common)
         losses = (AuxK(self.auxk, dead_after=self.resolve_dead_after(n_tokens)),) if self.auxk else ()
@@ -152,80 +213,128 @@ class RunOptions:
         shared = {f.name for f in dataclasses.fields(TrainConfig)} & {
             f.name for f in dataclasses.fields(self)
         }
-        return TrainConfig(**{name: getattr(self, name) for name in shared} | {"lr": lr})
+        hook = tuple(self.hooks) if self.kind == "crosscoder" else self.hooks[0]
+        return TrainConfig(**{name: getattr(self, name) for name in shared} | {"lr": lr, "hook": hook})
 
 
 def run(options: RunOptions, *, resume: bool = False) -> dict[str, Any] | None:
     """Train a dictionary and write its run directory: what :class:`Trainer` writes, run.yaml, metrics.json,
-    report.html.
+    report.html. Of several autoencoders each gets one, ``out``/hook; the model runs once for all of them, and
+    they are trained in lockstep.
 
     Returns:
-        The contents of metrics.json; None where a signal stopped the training (``resume`` continues it).
+        The contents of metrics.json, of several autoencoders by hook; None where a signal stopped the
+        training (``resume`` continues it).
     """
-    out = Path(options.out)
+    runs = options.dictionaries()
     if not resume:
-        check_vacant(out)
-    store = _activations(options)
-    log.info("activations: %s tokens of width %d, %s", f"{len(store):,}", store.d_in, store.path)
-    train_rows, held_out = _split(store, options)
-    batches = Batches(store, options.batch_size, rows=train_rows, seed=options.seed, n_tokens=options.tokens)
-    torch.manual_seed(options.seed)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    config = options.sae_config(store.d_in, batches.n_tokens)
+        for each in (options, *runs):
+            check_vacant(Path(each.out))
+    stores = _activations(options)
+    train_rows, held_out = _split(stores, options)
+    batches = Batches(stores, options.batch_size, rows=train_rows, seed=options.seed, n_tokens=options.tokens)
+    _warn(options, [_sae_config(one, stores, batches.n_tokens) for one in runs])
+    trainers = {one.hooks[0]: _trainer(one, stores, batches, train_rows) for one in runs}
+    open_together(trainers, resume=resume)
+    for each in (options, *runs):
+        save_options(each)
+    for trainer in trainers.values():
+        log.info("training %s on %s tokens", trainer.sae, f"{batches.n_tokens:,}")
+    finals = fit_together(trainers, batches)
+    if any(trainer.stopped for trainer in trainers.values()):
+        return None
+    log.info("evaluating on %s held-out tokens", f"{len(held_out):,}")
+    metrics = {one.hooks[0]: _finish(one, stores, held_out, finals[one.hooks[0]]) for one in runs}
+    return metrics if len(runs) > 1 else metrics[runs[0].hooks[0]]
+
+
+def _sae_config(options: RunOptions, stores: dict[str, ActivationStore], n_tokens: int) -> SAEConfig:
+    widths = [stores[hook].d_in for hook in options.hooks]
+    if len(set(widths)) > 1:
+        reject("hook", f"modules of widths {widths}", "modules of one width for a crosscoder")
+    d_out = None if options.target_hook is None else stores[options.target_hook].d_in
+    return options.sae_config(sum(widths), n_tokens, d_out)
+
+
+def _warn(options: RunOptions, configs: list[SAEConfig]) -> None:
+    """Warn of what won't fit into memory, or won't learn well, before anything is allocated."""
+    # together they take what one does that is as wide as all
+    widths = {name: sum(getattr(config, name) for config in configs) for name in ("d_in", "d_out")}
     check_fits(
-        config,
+        dataclasses.replace(configs[0], **widths),
         options.batch_size,
-        accumulate=options.train_config().accumulate,
+        accumulate=options.accumulate,
         weight_format=options.weight_format,
         state_dtype=options.state_dtype,
         mode=options.mode,
         dtype=options.dtype,
-        device=device,
+        device=_device(options),
     )
+    if options.dtype == "float16" and options.weight_format == "float32":
+        log.warning("float16 weights round to nearest: small updates are lost, bfloat16 trains better")
+
+
+def _device(options: RunOptions) -> str:
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _trainer(
+    options: RunOptions, stores: dict[str, ActivationStore], batches: Batches, train_rows: np.ndarray
+) -> Trainer:
+    """The trainer of one new, calibrated dictionary."""
+    torch.manual_seed(options.seed)  # so that it is the same whatever is trained beside it
     sae = SAE(
-        config,
-        device=device,
+        _sae_config(options, stores, batches.n_tokens),
+        device=_device(options),
         dtype=_DTYPES[options.dtype],
         weight_format=options.weight_format,
         backend=options.backend,
     )
-    sample = store[train_rows[:_CALIBRATION_TOKENS]]
+    sample = _inputs(options, stores)[train_rows[:_CALIBRATION_TOKENS]]
     sample = sample[sample.isfinite().all(1)]
-    sae.calibrate_(sample.to(device, sae.dtype))
+    sae.calibrate_(sample.to(sae.W_enc.device, sae.dtype))
     dead_after = options.resolve_dead_after(batches.n_tokens)
-    trainer = Trainer(sae, batches, dataclasses.replace(options.train_config(), dead_after=dead_after))
-    trainer.open(resume=resume)
-    save_options(options)
-    if options.dtype == "float16" and options.weight_format == "float32":
-        log.warning("float16 weights round to nearest: small updates are lost, bfloat16 trains better")
-    log.info("training %s on %s tokens of width %d", sae, f"{batches.n_tokens:,}", store.d_in)
-    final = trainer.fit()
-    if trainer.stopped:
-        return None
-    sae = SAE.load(out, device=device)
-    log.info("evaluating on %s held-out tokens", f"{len(held_out):,}")
-    evaluation = _evaluate(sae, store, held_out)
+    return Trainer(sae, batches, dataclasses.replace(options.train_config(), dead_after=dead_after))
+
+
+def _finish(
+    options: RunOptions, stores: dict[str, ActivationStore], held_out: np.ndarray, final: dict[str, Any]
+) -> dict[str, Any]:
+    """Evaluate a trained dictionary; write metrics.json and report.html."""
+    out = Path(options.out)
+    sae = SAE.load(out, device=_device(options))
+    evaluation = _evaluate(sae, stores, held_out, options)
     metrics = {**evaluation.to_dict(), "held_out_tokens": len(held_out), "tokens": final["tokens"]}
     metrics |= {"seconds": final["seconds"], "skipped_batches": final["skipped"]}
     write_json(out / "metrics.json", metrics)
-    _report(options, sae, store, evaluation, metrics)
+    _report(options, sae, _inputs(options, stores), evaluation, metrics)
     return metrics
 
 
 def evaluate_run(directory: str | Path, activations: str | None = None) -> Evaluation:
-    """Metrics of a run's dictionary on its held-out tokens, or on another ``activations`` file."""
+    """Metrics of a run's dictionary on its held-out tokens, or on another ``activations`` file.
+
+    Raises:
+        ValueError: no run, a run of several dictionaries, or a file for a transcoder, whose targets it lacks.
+    """
+    file = Path(directory) / OPTIONS_FILE
     if activations is not None:
-        return _evaluate(SAE.load(directory), open_activations(activations), None)
-    if not (Path(directory) / OPTIONS_FILE).exists():
+        if file.exists() and read_yaml(file).get("target_hook") is not None:
+            reject("activations", repr(activations), "None for a transcoder, whose targets no file has")
+        return _evaluate(SAE.load(directory), {"": open_activations(activations)}, None, None)
+    if not file.exists():
         reject(
             "directory",
             f"{directory}, which holds no {OPTIONS_FILE}",
             "a run of `fastsae train`, or --activations",
         )
     options = load_options(Path(directory))
+    if len(runs := options.dictionaries()) > 1:
+        folders = ", ".join(one.out for one in runs)
+        reject("directory", f"{directory}, which holds {len(runs)} runs", f"one of {folders}")
     sae = SAE.load(directory, device=options.device)
-    store = _activations(options)
-    return _evaluate(sae, store, _split(store, options)[1])
+    stores = _activations(options)
+    return _evaluate(sae, stores, _split(stores, options)[1], options)
 
 
 def save_options(options: RunOptions) -> None:
@@ -292,34 +401,55 @@ def _check_device(device: str | None) -> None:
         reject("device", repr(device), found)
 
 
-def _activations(options: RunOptions) -> ActivationStore:
+def tokens_wanted(options: RunOptions) -> int | None:
+    """How many tokens of the text a run collects at most; None: all."""
+    return None if options.tokens is None else options.tokens + options.held_out
+
+
+def _activations(options: RunOptions) -> dict[str, ActivationStore]:
+    """The activations of all inputs and targets by name, row i the same token in all."""
     if options.activations is not None:
-        return open_activations(options.activations)
-    assert options.model is not None
-    assert options.hook is not None
-    assert options.text is not None
-    needed = None if options.tokens is None else options.tokens + options.held_out
-    return cached_activations(
-        options.model,
-        options.hook,
-        options.text,
-        context=options.context,
-        n_tokens=needed,
-        cache_dir=options.cache_dir,
-        device=options.device,
-        progress=options.progress,
-    )
+        stores = {options.activations: open_activations(options.activations)}
+    else:
+        assert options.model is not None
+        assert options.text is not None
+        targets = [] if options.target_hook is None else [options.target_hook]
+        stores = cached_activations(
+            options.model,
+            list(dict.fromkeys([*options.hooks, *targets])),
+            options.text,
+            context=options.context,
+            n_tokens=tokens_wanted(options),
+            cache_dir=options.cache_dir,
+            device=options.device,
+            progress=options.progress,
+        )
+    for store in stores.values():
+        log.info("activations: %s tokens of width %d, %s", f"{len(store):,}", store.d_in, store.path)
+    return stores
 
 
-def _split(store: ActivationStore, options: RunOptions):
-    if len(store) < 10:
-        reject("activations", f"{len(store)} tokens", "at least 10")
-    return split_rows(len(store), min(options.held_out, len(store) // 10), options.seed)
+def _inputs(options: RunOptions, stores: dict[str, ActivationStore]) -> ActivationStore:
+    """The inputs of one dictionary, [n, d_in]."""
+    sites = [stores[hook] for hook in options.hooks]
+    return sites[0] if len(sites) == 1 else SideBySide(sites)
 
 
-def _evaluate(sae: SAE, store: ActivationStore, rows) -> Evaluation:
-    batches = Batches(store, _EVALUATION_TOKENS, rows=rows, shuffle=False, drop_last=False)
-    return evaluate(sae, batches)
+def _split(stores: dict[str, ActivationStore], options: RunOptions) -> tuple[np.ndarray, np.ndarray]:
+    n = len(next(iter(stores.values())))
+    if n < 10:
+        reject("activations", f"{n} tokens", "at least 10")
+    return split_rows(n, min(options.held_out, n // 10), options.seed)
+
+
+def _evaluate(
+    sae: SAE, stores: dict[str, ActivationStore], rows: np.ndarray | None, options: RunOptions | None
+) -> Evaluation:
+    """Metrics on ``rows``; ``options`` None: of the only store."""
+    config = TrainConfig(hook=next(iter(stores))) if options is None else options.train_config()
+    batches = Batches(stores, _EVALUATION_TOKENS, rows=rows, shuffle=False, drop_last=False)
+    pairs = (pick(batch, config.hook, config.target_hook) for batch in batches)
+    return evaluate(sae, (x if target is None else (x, target) for x, target in pairs))
 
 
 def _report(
@@ -337,9 +467,21 @@ def _report(
             window=options.context,
             progress=options.progress,
         )
-    shown = ("model", "hook", "activations", "batch_size", "mode", "seed", "dtype")
+    shown = (
+        "model",
+        "hook",
+        "target_hook",
+        "structure",
+        "activations",
+        "batch_size",
+        "mode",
+        "seed",
+        "dtype",
+    )
     values = {name: getattr(options, name) for name in shown}
     facts = {name: value for name, value in values.items() if value is not None}
+    if isinstance(options.hook, list):
+        facts["hook"] = ", ".join(options.hook)
     facts |= {"lr": options.train_config().lr, "tokens": metrics["tokens"], "seconds": metrics["seconds"]}
     path = write_report(
         options.out,
@@ -347,7 +489,14 @@ def _report(
         evaluation=evaluation,
         log=read_log(Path(options.out) / "log.jsonl"),
         examples=examples,
-        title=f"{options.latents:,} latents of {options.hook or Path(str(options.activations)).name}",
+        title=f"{options.latents:,} latents of {_subject(options)}",
         facts=facts,
     )
     log.info("report: %s", path)
+
+
+def _subject(options: RunOptions) -> str:
+    if options.activations is not None:
+        return Path(options.activations).name
+    target = "" if options.target_hook is None else f" → {options.target_hook}"
+    return ", ".join(options.hooks) + target

@@ -1,9 +1,9 @@
 """The fused training step: the loss of SAE.training_forward minimised with no dense gradient and no [N, M]
 tensor.
 
-Forward and backward are written out over one sparse code. Most dictionaries take the operator ``row_step``; what
-has more to its loss, :mod:`fastsae.training.backward`; where so much fires that sparse is the longer way,
-:mod:`fastsae.training.dense`.
+Forward and backward are written out over one sparse code. Most dictionaries take the operator ``row_step``;
+what has more to its loss, :mod:`fastsae.training.backward`; where so much fires that sparse is the longer
+way, :mod:`fastsae.training.dense`.
 
 A step may take its tokens in several batches. Of each is kept what the backward needs, its code, encoder
 input and error: less than gradients, which would soon have a row for nearly every latent.
@@ -28,6 +28,7 @@ from fastsae.sae import SAE
 from fastsae.training.backward import Slopes, SparseBackward
 from fastsae.training.dense import DenseBackward, fill_densely, pays
 from fastsae.training.pieces import Forward, Piece, auxk_term, charges_of, fill, join, largest, prepare
+
 __all__ = ["drop_batches", "train_step"]
 
 _ops = torch.ops.fastsae
@@ -73,8 +74,8 @@ def train_step(
             at most this. Costs a second pass over their rows.
 
     Returns:
-        0-dim tensors, of all tokens of the step so far: loss; each loss term by name, scaled; fvu; l0 (both of
-        what ``decode`` gives); n_dead; skipped (1 for a step with NaN or Inf).
+        0-dim tensors, of all tokens of the step so far: loss; each loss term by name, scaled; fvu and l0 of
+        what ``decode`` gives; n_dead; skipped (1 for a step with NaN or Inf).
 
     Raises:
         ValueError, TypeError: an argument that doesn't fit ``sae``, or the batches kept; these stay.
@@ -170,7 +171,7 @@ def _take(step: _Step, opt: RowAdam, clip: float | None) -> dict[str, Tensor]:
     fired = [piece.fired for piece in step.pieces if piece.fired is not None]
     magnitude = _sum([piece.magnitude for piece in step.pieces])
     forward = join(sae, step.pieces, loss.weights)
-    backward = None
+    backward: DenseBackward | SparseBackward | None = None
     if step.dense:
         backward = DenseBackward(sae, forward, loss.slopes, magnitude)
     elif clip is not None or not _fits_row_step(sae):
@@ -198,7 +199,7 @@ def _take(step: _Step, opt: RowAdam, clip: float | None) -> dict[str, Tensor]:
 def _fits_row_step(sae: SAE) -> bool:
     """Whether the one operator knows all that the loss has."""
     activation, charges = sae.config.activation, charges_of(sae)
-    by_itself = not sae.thresholds_learn() and not isinstance(activation, Gated)
+    by_itself = sae.band() is None and not isinstance(activation, Gated)
     at_the_whole = activation.nested(sae.config.n_latents) is None
     charged = charges and (sae.config.n_sites > 1 or not all(isinstance(t, DecoderNormL1) for t in charges))
     return by_itself and at_the_whole and not charged

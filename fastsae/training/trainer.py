@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import logging
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
+import torch
 from torch import Tensor
 
-from fastsae.checks import FastSAEError, check_choice, check_number, reject
+from fastsae.checks import FastSAEError, check_choice, check_number, check_type, reject
 from fastsae.data import Activations
 from fastsae.optim import RowAdam
 from fastsae.sae import SAE
 from fastsae.training.checkpoint import (
-    latest_checkpoint,
     load_checkpoint,
     random_state,
     restore_random_state,
     save_checkpoint,
 )
-from fastsae.training.logs import RunLog, check_sinks, read_log
+from fastsae.training.logs import check_sinks
 from fastsae.training.step import drop_batches, train_step
+from fastsae.training.together import fit_together, open_together
 
-__all__ = ["NotFinite", "TrainConfig", "Trainer"]
+__all__ = ["NotFinite", "TrainConfig", "Trainer", "pick"]
 
-_log = logging.getLogger("fastsae")
 _SPARSITY_TERMS = ("decoder_norm_l1",)
 
 
@@ -44,7 +40,9 @@ class TrainConfig:
 
     Args:
         out: run directory, see ``Trainer.fit``; None writes nothing.
-        hook: which entry of the batches to train on, where they are dicts by hook.
+        hook: which entry of the batches to train on, where they are dicts by hook; several are put side by
+        side, [n, sum of their widths], as a crosscoder's input.
+        target_hook: which entry is a transcoder's target, where they are dicts by hook.
         n_steps: optimizer steps in all; None takes ``len(activations) // accumulate``.
         accumulate: batches per optimizer step, see :func:`train_step`. Schedules, logs, checkpoints and skips
         go by steps. Where the activations end within a step, its batches are left out.
@@ -65,7 +63,8 @@ class TrainConfig:
     """
 
     out: str | Path | None = None
-    hook: str | None = None
+    hook: str | tuple[str, ...] | None = None
+    target_hook: str | None = None
     n_steps: int | None = None
     accumulate: int = 1
     lr: float = 3e-4
@@ -88,6 +87,7 @@ class TrainConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        self._check_hooks()
         for name in ("warmup", "decay", "sparsity_warmup"):
             check_number(name, getattr(self, name), low=0.0, high=1.0)
         if self.warmup + self.decay > 1:
@@ -99,6 +99,14 @@ class TrainConfig:
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), integer=True, low=1)
         check_sinks(self.tensorboard, self.wandb)
+
+    def _check_hooks(self) -> None:
+        if isinstance(self.hook, list):
+            object.__setattr__(self, "hook", tuple(self.hook))
+        check_type("hook", self.hook, (str, tuple, type(None)), "a hook, several of them, or None")
+        check_type("target_hook", self.target_hook, (str, type(None)), "a hook or None")
+        if isinstance(self.hook, tuple) and (not self.hook or len(set(self.hook)) < len(self.hook)):
+            reject("hook", list(self.hook), "different hooks, at least one")
 
 
 class Trainer:
@@ -130,9 +138,10 @@ class Trainer:
         self.step = self.skipped = 0
         self.seconds = 0.0
         self.stopped = self._opened = False
-        self._signal: int | None = None
-        self._next_line = 0
         self._first_random = random_state()
+        self._metrics: dict[str, Tensor] = {}
+        self._tokens = self._kept_tokens = 0  # trained on since the last row; of batches kept for a step
+        self._begin()
 
     def open(self, *, resume: bool = False) -> None:
         """Make ready ``config.out``; :meth:`fit` does it where it hasn't been done.
@@ -144,19 +153,11 @@ class Trainer:
             ValueError: ``config.out`` already holds a run and ``resume`` isn't set, or its checkpoint doesn't
             fit.
         """
-        self._opened = True
-        if self.config.out is None:
-            return
-        out = Path(self.config.out)
-        if not resume:
-            check_vacant(out)
-        out.mkdir(parents=True, exist_ok=True)
-        if found := latest_checkpoint(out / "checkpoints"):
-            self.load_checkpoint(found)
+        open_together({"": self}, resume=resume)
 
     def fit(self, *, resume: bool = False) -> dict[str, Any]:
         """Run to the end, or to SIGINT or SIGTERM, which finish the step, write a checkpoint and set
-        ``stopped``.
+        ``stopped``. See :func:`fit_together` for several dictionaries on the same activations.
 
         With ``config.out`` the run directory gets log.jsonl, checkpoints/ and at the end config.json and
         model.safetensors (with the coasts of RowAdam's idle rows paid; the checkpoint keeps them pending).
@@ -171,118 +172,79 @@ class Trainer:
             ValueError: see :meth:`open`.
             NotFinite: a batch held NaN or Inf and ``config.on_nan`` is "stop"; a checkpoint is written first.
         """
-        from tqdm import tqdm
+        return fit_together([self], self.activations, resume=resume)[0]
 
-        if not self._opened:
-            self.open(resume=resume)
-        self.stopped, self._signal = False, None
-        out = None if self.config.out is None else Path(self.config.out)
-        log, row = None, {}
-        if out is not None:
-            log = RunLog(out, self.step, tensorboard=self.config.tensorboard, wandb=self.config.wandb)
-            row = (read_log(log.path) or [{}])[-1]
-        # a bar on a terminal; elsewhere a line now and then
-        disable = None if self.config.progress else True
-        bar = tqdm(total=self.n_steps, initial=self.step, unit="step", desc="train", disable=disable)
-        try:
-            with bar, _signals(self._request_stop):
-                for row in self._steps():
-                    if log is not None:
-                        log.write(row)
-                    bar.set_postfix_str(_summary(row), refresh=False)
-                    bar.update(self.step - bar.n)
-                    if bar.disable and self.config.progress and self.step >= self._next_line:
-                        _log.info("step %d of %d: %s", self.step, self.n_steps, _summary(row))
-                        self._next_line = self.step + max(1, self.n_steps // 10)
-        finally:
-            if log is not None:
-                log.close()
-        if out is not None:
-            self.save_checkpoint()
-            self.sae.save(out)
-        return row | {"skipped": self.skipped, "seconds": round(self.seconds, 3)}
+    # What follows is called by the loop of fastsae.training.together.
 
-    def _steps(self) -> Iterator[dict[str, Any]]:
-        """Train to the end; yield the rows to be logged."""
-        config, start, since, tokens = self.config, time.perf_counter(), self.step, 0
-        batches, metrics = self._batches(), {}
-        drop_batches(self.opt)  # of a step that an error broke off
-        while self.step < self.n_steps and not self.stopped:
-            taken = self._take_step(batches)
-            if taken is None:
-                _log.warning("the activations ended after %d of %d steps", self.step, self.n_steps)
-                break
-            metrics, tokens = taken[0], tokens + taken[1]
-            self.step += 1
-            self.stopped = self._signal is not None
-            if metrics["skipped"]:
-                self._skip()
-            if self.step % config.log_every == 0 or self.step == self.n_steps or self.stopped:
-                yield self._row(metrics, tokens, start)
-                start, since, tokens = time.perf_counter(), self.step, 0
-            if config.out and config.checkpoint_every and self.step % config.checkpoint_every == 0:
-                self.save_checkpoint()
-        if self.step > since:  # the activations ended between two rows
-            yield self._row(metrics, tokens, start)
+    def _begin(self) -> None:
+        """Start the interval that the next row is about."""
+        self._start, self._since, self._tokens = time.perf_counter(), self.step, 0
 
-    def _take_step(self, batches: Iterator) -> tuple[dict[str, Tensor], int] | None:
-        """Take a step; return its metrics and tokens, or None where too few batches are left for one."""
+    def _keep_batch(self, batch: Any) -> None:
+        """Take in a batch of a step that needs more."""
+        self._feed(batch, accumulate=True)
+
+    def _take_step(self, batch: Any) -> None:
+        """Take a step on ``batch``, its last, and those kept."""
+        for group in self.opt.param_groups:
+            group["lr"] = self._lr()
+        self._metrics = self._feed(batch, accumulate=False)
+        self._tokens, self._kept_tokens = self._tokens + self._kept_tokens, 0
+        self.step += 1
+        self.skipped += int(self._metrics["skipped"])
+
+    def _feed(self, batch: Any, *, accumulate: bool) -> dict[str, Tensor]:
         rise = min(1.0, (self.step + 1) / max(1, round(self.config.sparsity_warmup * self.n_steps)))
         scale = {term.name: rise for term in self.sae.config.losses if term.name in _SPARSITY_TERMS}
-        metrics, tokens = {}, 0
-        for left in reversed(range(self.config.accumulate)):
-            batch = next(batches, None)
-            if batch is None:
-                drop_batches(self.opt)
-                return None
-            x, target = self._unpack(batch)
-            tokens += x.shape[:-1].numel()
-            if not left:
-                for group in self.opt.param_groups:
-                    group["lr"] = self._lr()
-            metrics = train_step(self.sae, self.opt, x, target, scale, accumulate=left > 0)
-        return metrics, tokens
-
-    def _unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """Input and target of a batch, where and as the weights are."""
-        parts = batch if isinstance(batch, tuple | list) else [batch]
-        if len(parts) not in (1, 2):
-            reject("activations", f"a batch of {len(parts)} parts", "a tensor, or a pair of input and target")
-        x, target = (*parts, None)[:2]
-        x = x.x if isinstance(x, Activations) else x
-        if isinstance(x, dict):
-            if self.config.hook not in x:
-                reject("hook", repr(self.config.hook), f"one of the batches' {sorted(x)}")
-            x = x[self.config.hook]
         device, dtype = self.sae.W_enc.device, self.sae.dtype
-        x = x.to(device, dtype)
-        return x, None if target is None else target.to(device, dtype)
+        x, target = pick(batch, self.config.hook, self.config.target_hook)
+        x, target = x.to(device, dtype), None if target is None else target.to(device, dtype)
+        self._kept_tokens += x.shape[:-1].numel()
+        return train_step(self.sae, self.opt, x, target, scale, accumulate=accumulate)
 
-    def _skip(self) -> None:
-        self.skipped += 1
-        if self.config.on_nan == "stop":
-            if self.config.out:
-                self.save_checkpoint(stopped_at_nan=True)
-            batch = "the batch" if self.config.accumulate == 1 else "a batch"
-            raise NotFinite(
-                f"activations: got NaN or Inf in {batch} of step {self.step}, expected finite numbers"
-                " (on_nan = skip leaves such steps out)"
-            )
+    def _drop_batches(self) -> None:
+        """Forget the batches of a step that won't be taken."""
+        drop_batches(self.opt)
+        self._kept_tokens = 0
 
-    def _row(self, metrics: dict[str, Tensor], tokens: int, start: float) -> dict[str, Any]:
-        """The row of the last step; ``tokens``: how many were trained on since ``start``."""
-        seconds = time.perf_counter() - start
+    @property
+    def _failed(self) -> bool:
+        """Whether the last step met NaN or Inf that is to stop the run."""
+        return self.config.on_nan == "stop" and bool(self._metrics) and bool(self._metrics["skipped"])
+
+    def _raise_not_finite(self) -> NoReturn:
+        batch = "the batch" if self.config.accumulate == 1 else "a batch"
+        raise NotFinite(
+            f"activations: got NaN or Inf in {batch} of step {self.step}, expected finite numbers"
+            " (on_nan = skip leaves such steps out)"
+        )
+
+    @property
+    def _row_is_due(self) -> bool:
+        return self.step % self.config.log_every == 0 or self.step == self.n_steps or self.stopped
+
+    @property
+    def _unlogged(self) -> bool:
+        """Whether steps were taken since the last row."""
+        return self.step > self._since
+
+    def _row(self) -> dict[str, Any]:
+        """The row of the last step."""
+        seconds = time.perf_counter() - self._start
         self.seconds += seconds
-        numbers = {name: t.item() for name, t in metrics.items() if name not in ("n_dead", "skipped")}
+        numbers = {name: t.item() for name, t in self._metrics.items() if name not in ("n_dead", "skipped")}
         return {
             "step": self.step,
             "tokens": int(self.sae.tokens_seen),
             **{name: value if value == value else None for name, value in numbers.items()},  # JSON has no NaN
             "dead_share": len(self.sae.dead_latents(self.config.dead_after)) / self.sae.config.n_latents,
             "lr": self.opt.param_groups[0]["lr"],
-            "tokens_per_s": tokens / seconds,
+            "tokens_per_s": self._tokens / seconds,
             "skipped": self.skipped,
         }
+
+    def _totals(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "seconds": round(self.seconds, 3)}
 
     def _lr(self) -> float:
         """The rate of the next step: linear warm-up, plateau, linear decay towards 0."""
@@ -291,23 +253,8 @@ class Trainer:
         fall = (total - done) / max(1, round(self.config.decay * total))
         return self.config.lr * min(1.0, rise, fall if self.config.decay else 1.0)
 
-    def _request_stop(self, number: int) -> None:
-        self._signal = number
-
-    def _batches(self) -> Iterator:
-        if hasattr(self.activations, "load_state_dict") or not self.step:
-            return iter(self.activations)
-        # draw the used batches again, from the random state in which they were drawn first
-        now = random_state()
-        restore_random_state(self._first_random)
-        batches = iter(self.activations)
-        for _ in range(self.step * self.config.accumulate):
-            next(batches, None)
-        restore_random_state(now)
-        return batches
-
-    def save_checkpoint(self, *, stopped_at_nan: bool = False) -> Path:
-        """Write everything a resume needs to ``config.out/checkpoints``."""
+    def save_checkpoint(self, *, spare: int = 0) -> Path:
+        """Write everything a resume needs to ``config.out/checkpoints``; keep ``spare`` more than it says."""
         data = self.activations.state_dict() if hasattr(self.activations, "state_dict") else None
         tree = {
             "step": self.step,
@@ -319,10 +266,10 @@ class Trainer:
             "activations": data,
             "random": random_state(),
             "first_random": self._first_random,
-            "stopped_at_nan": stopped_at_nan,
+            "stopped_at_nan": self._failed,
         }
         folder = Path(self.config.out or ".") / "checkpoints"
-        return save_checkpoint(folder, self.step, tree, self.config.keep_checkpoints)
+        return save_checkpoint(folder, self.step, tree, self.config.keep_checkpoints + spare)
 
     def load_checkpoint(self, path: Path) -> None:
         """Restore :meth:`save_checkpoint`'s; ValueError if it is of another dictionary or length."""
@@ -356,17 +303,38 @@ class Trainer:
         }
 
 
-def check_vacant(out: Path) -> None:
-    """Raise ValueError if ``out`` already holds a run, or is a file."""
-    if out.exists() and not out.is_dir():
-        reject("out", f"{out}, which is a file", "a folder")
-    if latest_checkpoint(out / "checkpoints") or (out / "log.jsonl").exists():
-        reject("out", f"{out}, which holds a run", "another folder, or resume (--resume) to continue it")
+def pick(
+    batch: Any, hook: str | tuple[str, ...] | None = None, target_hook: str | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Input [n, d_in] and target [n, d_out] of a batch, None where the input is its own target.
+
+    Args:
+        batch: a tensor, a dict of tensors by hook, or a pair of either and a target.
+        hook, target_hook: see :class:`TrainConfig`.
+
+    Raises:
+        ValueError: another number of parts, or no such entry in the dict.
+    """
+    parts = batch if isinstance(batch, tuple | list) else [batch]
+    if len(parts) not in (1, 2):
+        reject("activations", f"a batch of {len(parts)} parts", "a tensor, or a pair of input and target")
+    x, target = (*parts, None)[:2]
+    x = x.x if isinstance(x, Activations) else x
+    if target_hook is not None:
+        if target is not None or not isinstance(x, dict):
+            reject("target_hook", repr(target_hook), "None, since the batches aren't dicts by hook alone")
+        target = _entry(x, target_hook, "target_hook")
+    if isinstance(hook, tuple):
+        if not isinstance(x, dict):
+            reject("hook", list(hook), "None, since the batches aren't dicts by hook")
+        return torch.cat([_entry(x, one, "hook") for one in hook], -1), target
+    return _entry(x, hook, "hook") if isinstance(x, dict) else x, target
 
 
-def _summary(row: dict[str, Any]) -> str:
-    numbers = "NaN batch skipped" if row["fvu"] is None else f"FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}"
-    return f"{row['tokens_per_s']:,.0f} tok/s, {numbers}, dead {row['dead_share']:.1%}"
+def _entry(by_hook: dict[str, Tensor], hook: str | None, name: str) -> Tensor:
+    if hook not in by_hook:
+        reject(name, repr(hook), f"one of the batches' {sorted(by_hook)}")
+    return by_hook[hook]
 
 
 def _plain(value: Any) -> Any:
@@ -384,24 +352,3 @@ def _total_steps(activations: Iterable, config: TrainConfig) -> int:
     if 0 < len(activations) < config.accumulate:
         reject("accumulate", config.accumulate, f"at most the {len(activations)} batches of activations")
     return len(activations) // config.accumulate
-
-
-@contextmanager
-def _signals(handle: Callable[[int], None]) -> Iterator[None]:
-    """Let SIGINT and SIGTERM ask for a stop; a second one acts as usual. Only the main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    old: dict[int, Any] = {}
-
-    def once(number: int, _frame: Any) -> None:
-        signal.signal(number, old[number])
-        handle(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        old[number] = signal.signal(number, once)
-    try:
-        yield
-    finally:
-        for stop, handler in old.items():
-            signal.signal(stop, handler)

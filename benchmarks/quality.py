@@ -15,7 +15,7 @@ from fastsae.benchmarks.measure import now
 from fastsae.benchmarks.trainers import TRAINERS, Trainer, Unavailable, build
 from fastsae.cli import DEMO
 from fastsae.data import Batches, cached_activations, split_rows
-from fastsae.training.run import RunOptions
+from fastsae.training.options import RunOptions
 
 __all__ = ["LRS", "NAMES", "evaluate", "quality_rows"]
 

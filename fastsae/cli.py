@@ -52,7 +52,7 @@ def demo(
 
     Example: fastsae demo && open runs/demo/report.html
     """
-    from fastsae.training.run import OPTIONS_FILE, RunOptions, read_yaml
+    from fastsae.training.options import OPTIONS_FILE, RunOptions, read_yaml
 
     options = DEMO | {"out": str(out)}
     RunOptions(**options)  # nothing is replaced by a demo that can't run
@@ -108,20 +108,78 @@ def train(
     ] = None,
     latents: Annotated[int, typer.Option(help="Size of the dictionary.")] = 16_384,
     k: Annotated[int, typer.Option(help="Active latents per token.")] = 32,
-    activation: Annotated[str, typer.Option(help="topk, batchtopk or relu.")] = "topk",
-    l1: Annotated[float, typer.Option(help="Coefficient of the decoder-norm L1 (relu).")] = 5.0,
-    auxk: Annotated[float, typer.Option(help="Coefficient of AuxK (topk, batchtopk); 0: none.")] = 1 / 32,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Published settings, before which flags and --config come: scaling-monosemanticity,"
+            " anthropic-april-2024, anthropic-january-2025, openai-topk, gemma-scope-jumprelu, batchtopk or"
+            " matryoshka."
+        ),
+    ] = None,
+    activation: Annotated[
+        str,
+        typer.Option(
+            help="topk, batchtopk, groupmax, multitopk, hierarchicaltopk, matryoshka (over batchtopk),"
+            " matryoshka_topk, jumprelu, relu or gated."
+        ),
+    ] = "topk",
+    widths: Annotated[
+        list[int] | None,
+        typer.Option(help="Nested widths (matryoshka) or budgets (hierarchicaltopk); repeatable."),
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="What thresholds start with (jumprelu).")] = 0.001,
+    bandwidth: Annotated[float, typer.Option(help="Of the straight-through band (jumprelu).")] = 0.001,
+    penalty: Annotated[
+        str | None,
+        typer.Option(
+            help="l1, decoder_norm_l1, tanh, l0, target_l0 or none; default: decoder_norm_l1 (relu), l1"
+            " (gated), target_l0 of k (jumprelu), else none."
+        ),
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="The penalty's coefficient; default 5, of tanh 10, of l0 1.")
+    ] = None,
+    pre_activation: Annotated[
+        float, typer.Option(help="Coefficient of the pre-activation loss (jumprelu).")
+    ] = 0.0,
+    auxk: Annotated[
+        float | None, typer.Option(help="Coefficient of AuxK; default 1/32 where k is fixed, else none (0).")
+    ] = None,
+    k_aux: Annotated[
+        int | None, typer.Option(help="AuxK's latents per token; default near d_in / 2.")
+    ] = None,
     dead_after: Annotated[int | None, typer.Option(help="Silent tokens that make a latent dead.")] = None,
-    normalization: Annotated[str, typer.Option(help="none, scalar or layer_norm.")] = "scalar",
+    normalization: Annotated[
+        str, typer.Option(help="none, scalar (E|x|^2 = d), unit_scalar (1), mean_norm or layer_norm.")
+    ] = "scalar",
+    subtract_b_dec: Annotated[
+        bool | None, typer.Option(help="Encode x - b_dec; default by activation.")
+    ] = None,
+    unit_norm_decoder: Annotated[
+        bool | None, typer.Option(help="Keep decoder rows at length 1; default by activation.")
+    ] = None,
+    initial: Annotated[str, typer.Option(help="Initial weights: tied or uniform.")] = "tied",
     batch_size: Annotated[int, typer.Option(help="Tokens per batch.")] = 4096,
     accumulate: Annotated[int, typer.Option(help="Batches per step.")] = 1,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate; default 2e-4 / sqrt(latents / 16384).")
     ] = None,
-    warmup: Annotated[float, typer.Option(help="Share of the run with rising learning rate.")] = 0.05,
+    beta1: Annotated[float, typer.Option(help="Adam's.")] = 0.9,
+    beta2: Annotated[float, typer.Option(help="Adam's.")] = 0.999,
+    eps: Annotated[float, typer.Option(help="Adam's.")] = 1e-8,
+    warmup: Annotated[
+        float, typer.Option(help="Share of the run (above 1: steps) with rising learning rate.")
+    ] = 0.05,
     decay: Annotated[
         float, typer.Option(help="Share of the run, at its end, with falling learning rate.")
     ] = 0.2,
+    sparsity_warmup: Annotated[
+        float, typer.Option(help="Share of the run (above 1: steps) with rising sparsity coefficient.")
+    ] = 0.05,
+    clip: Annotated[float | None, typer.Option(help="Most that the norm of all gradients may be.")] = None,
+    resample_every: Annotated[
+        int | None, typer.Option(help="Steps between resamplings of dead latents.")
+    ] = None,
     mode: Annotated[str, typer.Option(help="RowAdam: dense, lazy or deferred.")] = "deferred",
     held_out: Annotated[int, typer.Option(help="Tokens kept for the final metrics.")] = 16_384,
     context: Annotated[int, typer.Option(help="Tokens per window of text.")] = 128,
@@ -156,7 +214,8 @@ def train(
     Example: fastsae train --model minilm --hook encoder.layer.3 --text docs/ --latents 16384 --k 32 --out
     runs/docs
     """
-    from fastsae.training.run import OPTIONS_FILE, read_yaml
+    from fastsae.training.options import OPTIONS_FILE, read_yaml
+    from fastsae.training.recipes import recipe_options
 
     options = {name: value for name, value in ctx.params.items() if name not in ("config", "resume")}
     options["out"] = str(out)
@@ -169,6 +228,10 @@ def train(
             found = {name: value for name, value in read_yaml(file).items() if name not in given}
             options |= found
             given |= found.keys()
+    if options["recipe"] is not None:
+        published = recipe_options(options["recipe"])
+        options |= {name: value for name, value in published.items() if name not in given}
+    options["widths"] = list(options["widths"] or []) or None
     for name in ("text", "hook"):
         values = options[name]
         if isinstance(values, tuple | list):  # as the parser gives repeated flags
@@ -302,7 +365,8 @@ def bench(ctx: typer.Context) -> None:
 
 
 def _run(options: dict[str, Any], resume: bool) -> None:
-    from fastsae.training.run import RunOptions, run
+    from fastsae.training.options import RunOptions
+    from fastsae.training.run import run
 
     parsed = RunOptions(**options)
     metrics, folders = run(parsed, resume=resume), [one.out for one in parsed.dictionaries()]

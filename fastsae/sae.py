@@ -18,8 +18,9 @@ from fastsae.backends import Backend, resolve
 from fastsae.checks import check_choice, check_type, reject
 from fastsae.code import SparseCode
 from fastsae.config import SAEConfig
+from fastsae.counted import Counted
 from fastsae.files import open_dictionary, write_dictionary
-from fastsae.formats import WEIGHT_FORMATS, join, split
+from fastsae.formats import WEIGHT_FORMATS
 from fastsae.initial import INITIAL_ROWS, geometric_median, initial_rows
 from fastsae.nested import first_parts
 from fastsae.normalised import Normalised
@@ -36,11 +37,9 @@ from fastsae.policies import (
     Tanh,
 )
 from fastsae.shards import Rows
+from fastsae.weights import Weights
 
 __all__ = ["SAE", "TrainingOutput", "load"]
-
-_THRESHOLD_DECAY = 0.999
-_LONGEST = 2**31 - 1
 
 
 class TrainingOutput(NamedTuple):
@@ -65,7 +64,7 @@ class Encoded(NamedTuple):
     gates: SparseCode | None = None
 
 
-class SAE(Normalised):
+class SAE(Normalised, Counted, Weights):
     """A sparse autoencoder (or transcoder, with a target) of ``config.n_latents`` features.
 
         code  = activation((normalise(x) - b_dec) W_enc^T + b_enc)      b_dec only if subtract_b_dec
@@ -352,6 +351,8 @@ class SAE(Normalised):
         if found.gates is not None and isinstance(config.activation, Gated):
             frozen = F.decode(found.gates, self.W_dec.detach(), self.b_dec.detach(), backend=self.backend)
             missed = upcast(frozen.reshape(goal.shape)) - upcast(goal)
+            if config.skip:
+                missed = missed + upcast(self.skip(found.x.detach()).detach()).reshape(goal.shape)
             terms["gated_aux"] = config.activation.aux_coefficient * scale * missed.square().sum()
         x = found.x.reshape(-1, config.d_in)
         for term in config.losses:
@@ -422,94 +423,22 @@ class SAE(Normalised):
         return self
 
     @torch.no_grad()
-    def count_firing_(self, code: SparseCode, proceed: Tensor | None = None) -> None:
-        """Note a training batch: which latents fired, and BatchTopK's smallest positive value.
-
-        Of the latter the threshold is a running mean, with a decay of 0.999, and of t / (t + 9) at batch t
-        while that is less, so that random weights are soon forgotten.
-
-        Nothing is noted where the 0-dim bool ``proceed`` is False, which the host needn't know.
-        """
-        fired = (code.rows() < code.n_tokens) & (code.values > 0)
-        if proceed is not None:
-            fired &= proceed
-        n = code.n_tokens if proceed is None else code.n_tokens * proceed
-        self.tokens_seen += n
-        self.silent_tokens.clamp_max_(_LONGEST - code.n_tokens).add_(n)
-        since = torch.where(fired, 0, _LONGEST).to(torch.int32)
-        self.silent_tokens.scatter_reduce_(0, torch.where(fired, code.indices, 0).long(), since, "amin")
-        if self.config.activation.rule == "batchtopk" and len(fired):
-            smallest = torch.where(fired, code.values, torch.inf).min().float()
-            batches = self.tokens_seen / code.n_tokens  # as if all were of this size; with this one
-            decay = (batches / (batches + 9)).clamp_max(_THRESHOLD_DECAY)
-            moved = decay * self.threshold + (1 - decay) * smallest
-            moved = torch.where(self.threshold < 0, smallest, moved)
-            self.threshold.copy_(torch.where(smallest < torch.inf, moved, self.threshold))
-
-    @torch.no_grad()
-    def count_fired_(self, fired: Tensor, n_tokens: int, proceed: Tensor) -> None:
-        """:meth:`count_firing_` of a batch of which only is known which latents ``fired`` [M] bool."""
-        n = n_tokens * proceed
-        self.tokens_seen += n
-        self.silent_tokens.clamp_max_(_LONGEST - n_tokens).add_(n)
-        self.silent_tokens.masked_fill_(fired & proceed, 0)
-
-    def dead_mask(self, dead_after: int | None = None) -> Tensor:
-        """Which latents haven't fired for ``dead_after`` tokens (AuxK's own where None), [M] bool."""
-        if dead_after is None:
-            dead_after = next(
-                (t.dead_after for t in self.config.losses if isinstance(t, AuxK)), AuxK().dead_after
-            )
-        return self.silent_tokens >= dead_after
-
-    def _pre_activation_after(self) -> int | None:
-        return next((t.dead_after for t in self.config.losses if isinstance(t, PreActivation)), None)
-
-    def dead_latents(self, dead_after: int | None = None) -> Tensor:
-        """The latents of :meth:`dead_mask`, ascending int64."""
-        return self.dead_mask(dead_after).nonzero().flatten()
-
-    @torch.no_grad()
-    def constrain_gradients_(self) -> None:
-        """If the decoder is unit-norm, remove gradients' parts along their rows; before the optimizer."""
-        grad = self.W_dec.grad
-        if not self.config.unit_norm_decoder or grad is None:
-            return
-        if grad.is_sparse:
-            grad = grad.coalesce()
-            rows, values = self.W_dec[grad.indices()[0]], grad.values()
-        else:
-            rows, values = self.W_dec, grad
-        unit = nn.functional.normalize(rows, dim=1)
-        values.sub_(unit * (values * unit).sum(1, keepdim=True))
-        self.W_dec.grad = grad
-
-    @torch.no_grad()
-    def constrain_weights_(self) -> None:
-        """Where the decoder is unit-norm, divide each row by its length; call after the optimizer."""
-        if not self.config.unit_norm_decoder:
-            return
-        if self.weight_format == "float32":
-            self.W_dec.copy_(nn.functional.normalize(self.W_dec, dim=1))
-            return
-        for lo in range(0, self.config.n_latents, INITIAL_ROWS):
-            rows = self.full_precision("W_dec", lo, lo + INITIAL_ROWS)
-            self.put_rows_("W_dec", lo, nn.functional.normalize(rows, dim=1))
-
-    @torch.no_grad()
     def fold_(self) -> SAE:
-        """Move the scale of inputs into the weights, so that the same numbers come of ``normalization="none"``.
+        """Move the scale of inputs into the weights, so that ``normalization="none"`` gives the same numbers.
 
             W_enc' = s W_enc;  W_dec' = W_dec / s;  b_dec' = b_dec / s;  codes and thresholds stay
 
-        Decoder rows are then no longer of length 1, and penalties on f ||W_dec|| mean something else: a folded
-        dictionary is for use. Rows that a RowAdam over it has yet to bring up to date are brought up first.
+        Decoder rows are then no longer of length 1, and penalties on f ||W_dec|| mean something else: a
+        folded dictionary is for use. Rows that a RowAdam over it has yet to bring up to date are brought up
+        first.
 
         Raises:
             ValueError: the scale isn't set; "layer_norm", which depends on the token.
         """
         if self.config.normalization == "layer_norm":
-            reject("normalization", "'layer_norm'", "one that multiplies inputs by a number: it can't be folded")
+            reject(
+                "normalization", "'layer_norm'", "one that multiplies inputs by a number: it can't be folded"
+            )
         if not self.scales_inputs:
             return self
         into, out = (self._scale(d).double() for d in (self.config.d_in, self.config.d_out))
@@ -542,41 +471,17 @@ class SAE(Normalised):
             reject("threshold", "none yet", "a training step first")
         jump = JumpReLU(threshold=float(self.threshold))
         config = dataclasses.replace(self.config, activation=jump, losses=())
-        formats = {"dtype": self.dtype, "weight_format": self.weight_format}
-        found = SAE(config, device="meta", backend=self.backend, **formats)
+        found = SAE(
+            config,
+            device="meta",
+            dtype=self.dtype,
+            weight_format=self.weight_format,
+            backend=self.backend,
+        )
         state = dict(self.state_dict())
         logs = state.pop("threshold").log().to(wide_dtype(self.b_enc)).expand(config.n_latents)
         found.load_state_dict(state | {"log_threshold": logs.clone()}, assign=True)
         return found.train(self.training)
-
-    def full_precision(self, name: str, lo: int = 0, hi: int | None = None) -> Tensor:
-        """The weight ``name``, or its rows lo..hi, with all its bits, whatever the format: at least fp32."""
-        check_choice("name", name, ("W_enc", "b_enc", "W_dec", "b_dec"))
-        rows, rest = getattr(self, name).detach()[lo:hi], self._buffers.get(f"{name}_remainder")
-        return upcast(rows) if rest is None else join(rows, rest[lo:hi])
-
-    def _stored(self, name: str, lo: int, hi: int) -> Tensor:
-        """Rows lo..hi of a parameter as files hold them: all bits of split32, else what is in memory."""
-        return (
-            self.full_precision(name, lo, hi)
-            if self.weight_format == "split32"
-            else getattr(self, name)[lo:hi]
-        )
-
-    def remainder(self, param: Tensor) -> Tensor | None:
-        """The buffer of the bits that ``param``, a plane of split32, lacks; None of other parameters."""
-        names = [name for name in ("W_enc", "W_dec") if self._parameters[name] is param]
-        return self._buffers.get(f"{names[0]}_remainder") if names else None
-
-    @torch.no_grad()
-    def put_rows_(self, name: str, lo: int, rows: Tensor) -> None:
-        """Set rows lo.. of the weight ``name`` to ``rows``, in the weight's format; rounds to nearest."""
-        weight, rest = getattr(self, name)[lo : lo + len(rows)], self._buffers.get(f"{name}_remainder")
-        if rest is None:
-            weight.copy_(rows)
-        else:
-            for part, new in zip((weight, rest[lo : lo + len(rows)]), split(rows.float()), strict=True):
-                part.copy_(new)
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write the dictionary to a folder, in place of the one that may be there, a block of rows at a time.

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastsae import ops
 from fastsae.code import SparseCode
-from fastsae.policies import Activation, BatchTopK, TopK
+from fastsae.policies import Activation, BatchTopK, GroupMax, TopK
 
 __all__ = [
     "ADVERSARIAL",
@@ -317,13 +317,19 @@ def assert_encodes(
         _require(not (values.view(n, k).diff(dim=1) > 0).any(), "values don't descend within a token")
         return assert_selected(indices.view(n, k), exact, allowed)
     _require(not (indices.diff()[rows.diff() == 0] <= 0).any(), "indices don't ascend within a token")
+    if isinstance(activation, GroupMax):
+        k, size = activation.k, m // activation.k
+        _require(len(rows) == n * k, f"{len(rows)} entries, not {n * k}")
+        groups = indices.view(n, k) // size
+        _require(bool((groups == torch.arange(k)).all()), "not an entry of each group")
+        return assert_selected((indices % size).view(n * k, 1), exact.view(n * k, size), allowed)
     if isinstance(activation, BatchTopK) and threshold is None:
         keep = n * min(activation.k, m)
         _require(len(rows) == keep, f"{len(rows)} entries, not {keep}")
         return assert_selected((rows * m + indices)[None], exact.view(1, -1), allowed)
     if threshold is None:
         threshold = getattr(activation, "threshold", 0.0)
-    above = exact - torch.as_tensor(threshold, dtype=exact.dtype, device=exact.device).clamp_min(0)
+    above = exact - torch.as_tensor(threshold, dtype=exact.dtype, device=exact.device)
     chosen = torch.zeros_like(exact, dtype=torch.bool)
     chosen[rows, indices] = True
     decided = above.abs() > allowed

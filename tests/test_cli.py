@@ -216,7 +216,7 @@ def test_every_option_of_a_run_is_a_flag():
     import dataclasses
     import inspect
 
-    from fastsae.training.run import RunOptions
+    from fastsae.training.options import RunOptions
 
     flags = {name: p.default for name, p in inspect.signature(cli.train).parameters.items()}
     for name in ("ctx", "resume", "config", "out"):

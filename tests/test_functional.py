@@ -5,7 +5,19 @@ import math
 import pytest
 import torch
 
-from fastsae import BatchTopK, JumpReLU, ReLU, SparseCode, TopK
+from fastsae import (
+    AuxK,
+    BatchTopK,
+    Gated,
+    GroupMax,
+    HierarchicalTopK,
+    JumpReLU,
+    Matryoshka,
+    MultiTopK,
+    ReLU,
+    SparseCode,
+    TopK,
+)
 from fastsae import functional as F
 from fastsae.testing import assert_same, assert_same_code, pre_acts, problem
 
@@ -17,6 +29,7 @@ RULES = [
     (BatchTopK(3), 0.5),
     (JumpReLU(), torch.linspace(0, 1, 9)),
     (ReLU(), None),
+    (GroupMax(3), None),
 ]
 
 
@@ -115,6 +128,63 @@ def test_nothing_is_recorded_without_a_gradient():
     assert not code.indices.requires_grad
 
 
+@pytest.mark.parametrize(
+    ("activation", "selects"),
+    [
+        (MultiTopK(2, 3), TopK(2)),
+        (HierarchicalTopK(3), TopK(3)),
+        (Matryoshka(TopK(2)), TopK(2)),
+        (Matryoshka(BatchTopK(2), (4, 9)), BatchTopK(2)),
+    ],
+    ids=str,
+)
+def test_what_trains_at_several_reconstructions_selects_as_after_training(activation, selects):
+    p = problem(6, 5, 9)
+    assert_same_code(F.encode(*p.encoder, activation), F.encode(*p.encoder, selects))
+
+
+def jumped(pre, theta, bandwidth):
+    """A dense [N, M] code's pre-activations through :func:`jump`; the SparseCode, f and 1[f > 0]."""
+    n, m = pre.shape
+    indices = torch.arange(m, dtype=torch.int32).repeat(n)
+    code = SparseCode(pre.relu().flatten(), indices, torch.arange(n + 1) * m, m)
+    out, active = F.jump(code, theta.log(), bandwidth)
+    return out.values.view(n, m), active.view(n, m)
+
+
+def test_jump_by_hand():
+    """theta = 1, bandwidth = 0.5: the band is 0.75..1.25."""
+    pre = torch.tensor([[0.8, 1.0, 1.2, 1.3]], dtype=torch.float64, requires_grad=True)
+    theta = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    f, active = jumped(pre, theta, 0.5)
+    assert f.tolist() == [[0.0, 0.0, 1.2, 1.3]]
+    assert active.tolist() == [[0, 0, 1, 1]]
+    up = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
+    by_pre, by_theta = torch.autograd.grad((up * f).sum(), (pre, theta), retain_graph=True)
+    assert by_pre.tolist() == [[0, 0, 3, 4]]
+    assert by_theta.tolist() == [-2, -4, -6, 0]
+    by_pre, by_theta = torch.autograd.grad((up * active).sum(), (pre, theta), allow_unused=True)
+    assert by_pre is None or not by_pre.any()
+    assert by_theta.tolist() == [-2, -4, -6, 0]
+
+
+def test_gated_by_hand():
+    pi = torch.tensor([0.5, 0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    code = SparseCode(pi, torch.tensor([0, 1, 1], dtype=torch.int32), torch.tensor([0, 2, 3]), 2)
+    b_enc, r_mag, b_mag = (
+        torch.tensor(t, dtype=torch.float64, requires_grad=True)
+        for t in ([0.1, -0.2], [0.3, 0.0], [0.2, -1.0])
+    )
+    f = F.gated(code, b_enc, r_mag, b_mag).values
+    stretch = math.exp(0.3)
+    torch.testing.assert_close(f.tolist(), [stretch * 0.4 + 0.2, 0.0, 1.2], rtol=1e-12, atol=1e-12)
+    f.sum().backward()
+    torch.testing.assert_close(pi.grad.tolist(), [stretch, 0.0, 1.0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(b_enc.grad.tolist(), [-stretch, -1.0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(r_mag.grad.tolist(), [stretch * 0.4, 2.2], rtol=1e-12, atol=0)
+    assert b_mag.grad.tolist() == [1, 1]
+
+
 def test_k_is_cut_to_the_subset():
     p = problem(6, 5, 9)
     code = F.encode(*p.encoder, TopK(5), subset=torch.tensor([2, 7]))
@@ -186,9 +256,28 @@ ints = torch.tensor
         (
             {"activation": "topk"},
             TypeError,
-            "activation: got str, expected TopK, BatchTopK, JumpReLU or ReLU",
+            r"activation: got str, expected one of fastsae.policies, such as TopK\(32\)",
         ),
-        ({"activation": TopK}, TypeError, "activation: got type, expected TopK"),
+        ({"activation": TopK}, TypeError, "activation: got type, expected one of fastsae.policies"),
+        ({"activation": AuxK()}, TypeError, "activation: got AuxK, expected one of fastsae.policies"),
+        ({"activation": Gated()}, ValueError, r"activation: got Gated\(.*, expected ReLU\(\) for its gate"),
+        ({"activation": GroupMax(4)}, ValueError, r"k: got 4, expected a divisor of 9 \(rows of W_enc\)"),
+        ({"activation": GroupMax(10)}, ValueError, r"k: got 10, expected an integer in 1\.\.9"),
+        (
+            {"activation": GroupMax(3), "subset": torch.tensor([1])},
+            ValueError,
+            "subset: got latents, expected None with GroupMax",
+        ),
+        (
+            {"activation": GroupMax(3), "threshold": 0.5},
+            ValueError,
+            r"threshold: got shape \(\), expected None for GroupMax",
+        ),
+        (
+            {"activation": Matryoshka(TopK(3)), "threshold": 0.5},
+            ValueError,
+            r"threshold: got shape \(\), expected None for TopK",
+        ),
         ({"activation": TopK(10)}, ValueError, r"k: got 10, expected an integer in 1\.\.9"),
         ({"activation": BatchTopK(10)}, ValueError, r"k: got 10, expected an integer in 1\.\.9"),
         ({"threshold": 0.5}, ValueError, r"threshold: got shape \(\), expected None for TopK"),

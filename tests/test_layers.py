@@ -28,6 +28,8 @@ LAYERS = (
     "losses",
     "initial",
     "normalised",
+    "counted",
+    "weights",
     "sae",
     "data",
     "evaluate",

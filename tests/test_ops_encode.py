@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastsae.backends.torch as portable
-from fastsae import BatchTopK, JumpReLU, ReLU, SparseCode, TopK
+from fastsae import BatchTopK, GroupMax, JumpReLU, ReLU, SparseCode, TopK
 from fastsae import functional as F
 from fastsae.testing import (
     ADVERSARIAL,
@@ -38,6 +38,7 @@ SHAPES = [  # N, D, M, k
 RULES = {
     "TopK": lambda k, m: (TopK(k), None),
     "BatchTopK": lambda k, m: (BatchTopK(k), None),
+    "GroupMax": lambda k, m: (GroupMax(max(g for g in range(1, k + 1) if m % g == 0)), None),
     "BatchTopK with a threshold": lambda k, m: (BatchTopK(k), 1.5),
     "JumpReLU": lambda k, m: (JumpReLU(), torch.linspace(-1, 4, m)),
     "ReLU": lambda k, m: (ReLU(), None),
@@ -53,13 +54,17 @@ def by_hand(x, W_enc, b_enc, activation, threshold=None, subset=None):
     rank = [[math.inf if math.isnan(s) else s for s in row] for row in scores]
     if isinstance(activation, TopK):
         chosen = [sorted(latents, key=lambda j, row=row: (-row[j], j))[:k] for row in rank]
+    elif isinstance(activation, GroupMax):
+        size = m // k
+        groups = [range(lo, lo + size) for lo in range(0, m, size)]
+        chosen = [[max(group, key=lambda j, row=row: (row[j], -j)) for group in groups] for row in rank]
     elif isinstance(activation, BatchTopK) and threshold is None:
         places = [(n, j) for n in range(len(x)) for j in latents]
         kept = sorted(places, key=lambda place: (-rank[place[0]][place[1]], place))[: k * len(x)]
         chosen = [sorted(j for row, j in kept if row == n) for n in range(len(x))]
     else:
         cut = torch.as_tensor(getattr(activation, "threshold", 0.0) if threshold is None else threshold)
-        cut = cut.expand(m).clamp_min(0).tolist()
+        cut = cut.expand(m).tolist()
         chosen = [[j for j in latents if row[j] > cut[j]] for row in rank]
     entries = [(scores[n][j], j) for n, js in enumerate(chosen) for j in js]
     values = torch.tensor([s if math.isnan(s) else max(s, 0.0) for s, _ in entries]).double()
@@ -153,17 +158,80 @@ def test_nan_ranks_as_infinity_and_stays_nan(any_backend):
     assert run(any_backend, x, W_enc, b_enc, JumpReLU(), torch.full((6,), torch.inf)).indices.tolist() == []
 
 
-def test_thresholds_are_strict_and_at_least_zero(any_backend):
+def test_thresholds_are_strict_and_below_zero_let_zeros_pass(any_backend):
     b_enc = torch.tensor([-0.5, 0.0, 0.5, 1.0])
     x, W_enc = torch.zeros(1, 1), torch.zeros(4, 1)
     for activation, threshold, indices in (
-        (JumpReLU(), torch.tensor([-1.0, -1.0, 0.5, 0.5]), [3]),
+        (JumpReLU(), torch.tensor([-1.0, -1.0, 0.5, 0.5]), [0, 1, 3]),
+        (JumpReLU(), torch.tensor([-0.5, -1.0, 0.5, 0.5]), [1, 3]),
         (JumpReLU(threshold=0.25), None, [2, 3]),
         (BatchTopK(1), 0.5, [3]),
-        (BatchTopK(1), torch.tensor(-1.0), [2, 3]),
+        (BatchTopK(1), torch.tensor(-1.0), [0, 1, 2, 3]),
         (ReLU(), None, [2, 3]),
     ):
-        assert run(any_backend, x, W_enc, b_enc, activation, threshold).indices.tolist() == indices
+        code = run(any_backend, x, W_enc, b_enc, activation, threshold)
+        assert code.indices.tolist() == indices
+        assert_same(code.values, b_enc.relu()[indices])
+
+
+def test_entries_below_zero_hold_zero_and_have_no_gradient(backend):
+    p = problem(3, 7, 257)
+    values, indices, offsets, *grads = gradients(backend, p, JumpReLU(), torch.full((257,), -100.0))
+    assert offsets.tolist() == [0, 257, 514, 771]
+    assert indices.tolist() == [*range(257)] * 3
+    scores = pre_acts(*p.to(torch.float64).encoder).flatten()
+    assert_same(values == 0, scores <= 0)
+    weights = torch.where(scores > 0, torch.arange(771).double() + 1, 0).view(3, 257)
+    for grad, exact in zip(
+        grads, (weights @ p.W_enc.double(), weights.T @ p.x.double(), weights.sum(0)), strict=True
+    ):
+        torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 24, 120, 240])
+def test_groupmax_keeps_the_first_largest_of_each_group(few, any_backend, k):
+    """Groups of 240, which blocks of columns cut, down to groups of one; small integers tie in most."""
+    n = few(19, any_backend)
+    p = problem(n, 3, 240, integers=True)
+    code = run(any_backend, *p.encoder, GroupMax(k))
+    assert_same_code(code, by_hand(*p.encoder, GroupMax(k)))
+    assert code.offsets.tolist() == [k * row for row in range(n + 1)]
+    assert code.topk()[0].shape == (n, k)
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_adversarial_inputs_of_groupmax(few, any_backend, name):
+    for n, d, m, k in ((9, 7, 240, 6), (9, 7, 240, 2), (3, 2, 50, 50), (2, 3, 1, 1)):
+        p = adversarial(name, few(n, any_backend), d, m, k)
+        assert_same_code(run(any_backend, *p.encoder, GroupMax(k)), by_hand(*p.encoder, GroupMax(k)))
+
+
+def test_groupmax_of_nan_and_infinities(any_backend):
+    b_enc = torch.tensor([1.0, torch.nan, torch.inf, torch.inf, torch.nan, 0.0, -torch.inf, -torch.inf, -1.0])
+    code = run(any_backend, torch.zeros(2, 1), torch.zeros(9, 1), b_enc, GroupMax(3))
+    assert code.indices.tolist() == [1, 3, 8] * 2
+    assert str(code.values.tolist()) == str([math.nan, math.inf, 0.0] * 2)
+    b_enc = torch.full((9,), -torch.inf)
+    code = run(any_backend, torch.zeros(2, 1), torch.zeros(9, 1), b_enc, GroupMax(3))
+    assert code.indices.tolist() == [0, 3, 6] * 2
+    assert code.values.tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("k", [1, 3, 12])
+def test_groupmax_of_no_tokens(any_backend, k):
+    p = problem(0, 7, 12)
+    code = run(any_backend, *p.encoder, GroupMax(k))
+    assert code.offsets.tolist() == [0]
+    assert code.values.shape == code.indices.shape == (0,)
+
+
+def test_groups_are_cut_by_blocks(small_blocks, monkeypatch):
+    """What the tests above rely on: at 5 groups of 48 none is cut, at 2 of 120 all are."""
+    widths, original = [], portable._scores
+    monkeypatch.setattr(portable, "_scores", lambda x, W, b: widths.append(len(W)) or original(x, W, b))
+    for k in (2, 24):
+        run("torch", *problem(8, 3, 240).encoder, GroupMax(k))
+    assert widths == [32] * 7 + [16] + [30] * 8
 
 
 @pytest.mark.parametrize("rule", ["TopK", "BatchTopK"])
@@ -186,7 +254,7 @@ def test_a_zero_score_has_no_gradient(backend):
 
 
 @pytest.mark.parametrize("subset", [[], [7], [0, 3, 4, 200, 256], list(range(0, 257, 2))], ids=len)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "GroupMax"])
 def test_subset_confines_the_choice(any_backend, rule, subset):
     subset = torch.tensor(subset, dtype=torch.int64)
     p = problem(9, 7, 257, integers=True)

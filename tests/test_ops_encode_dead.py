@@ -7,7 +7,7 @@ from fastsae.testing import ADVERSARIAL, adversarial, assert_repeatable, assert_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-RULES = {"topk": None, "batchtopk": None, "threshold": torch.tensor(0.5)}
+RULES = {"topk": None, "batchtopk": None, "groupmax": None, "threshold": torch.tensor(0.5)}
 DEAD = {
     "none": lambda m: torch.zeros(m, dtype=torch.bool),
     "fewer than k_dead": lambda m: torch.arange(m) % 50 == 7,
@@ -18,6 +18,7 @@ DEAD = {
 
 def encode_dead(backend, p, rule, dead, k=4, k_dead=9, bias=True):
     args = p.x.contiguous(), p.W_enc, p.b_enc if bias else None, RULES[rule]
+    k = 1 if rule == "groupmax" else k
     return torch.ops.fastsae.encode_dead(*args, dead, rule, k, k_dead, backend)
 
 
@@ -37,7 +38,7 @@ def test_both_codes(any_backend, rule, pattern):
     n, m, k_dead = 5, 257, 9
     p, dead = problem(n, 7, m, integers=True), DEAD[pattern](m)
     results = encode_dead(any_backend, p, rule, dead)
-    k = 0 if rule == "threshold" else 4
+    k = {"threshold": 0, "groupmax": 1}.get(rule, 4)
     expected = torch.ops.fastsae.encode(*p.encoder, RULES[rule], None, rule, k, any_backend)
     for actual, alone in zip(results[:3], expected, strict=True):
         assert_same(actual, alone)

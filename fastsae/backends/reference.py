@@ -57,7 +57,7 @@ def encode(
         columns = rank.argsort(dim=1, descending=True, stable=True)[:, :k].flatten()
         rows = torch.arange(n, device=x.device).repeat_interleave(k)
     elif rule == "groupmax":
-        best = rank.view(n, k, -1).argsort(dim=2, descending=True, stable=True)[:, :, 0]
+        best = rank.view(n, k, m // k).argsort(dim=2, descending=True, stable=True)[:, :, 0]
         columns = (best + torch.arange(0, m, m // k, device=x.device)).flatten()
         rows = torch.arange(n, device=x.device).repeat_interleave(k)
     elif rule == "batchtopk":

@@ -220,7 +220,7 @@ def _keep_best(scores, groups, first, size, best, values, columns) -> None:
     """Put the largest of each of ``groups``, whose scores are given from column ``first`` on, in its place
     unless what is there is as large."""
     n, count = len(scores), groups.stop - groups.start
-    found, where = _rank(scores).view(n, count, -1).max(dim=2)
+    found, where = _rank(scores).view(n, count, scores.shape[1] // count).max(dim=2)
     where = where + torch.arange(count, device=scores.device) * size
     better = found > best[:, groups]
     if first % size == 0:  # of -Inf alone the first is kept

@@ -13,7 +13,8 @@ from fastsae.checks import check_number, reject
 from fastsae.data import ModelActivations, load_model, special_ids
 from fastsae.evaluate import evaluate_in_model
 from fastsae.sae import SAE
-from fastsae.training.run import OPTIONS_FILE, load_options, tokens_wanted
+from fastsae.training.options import OPTIONS_FILE, load_options
+from fastsae.training.run import tokens_wanted
 
 __all__ = ["evaluate_run_in_model"]
 

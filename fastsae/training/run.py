@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
-from fastsae.checks import BadValue, check_choice, check_number, check_type, reject
+from fastsae.checks import reject
 from fastsae.config import SAEConfig
 from fastsae.data import (
     ActivationStore,
@@ -24,197 +22,21 @@ from fastsae.data import (
 )
 from fastsae.data.store import SideBySide
 from fastsae.evaluate import Evaluation, evaluate, top_examples, write_report
-from fastsae.files import write_atomically, write_json
-from fastsae.policies import AuxK, BatchTopK, DecoderNormL1, ReLU, TopK
+from fastsae.files import write_json
 from fastsae.sae import SAE
 from fastsae.training.logs import read_log
+from fastsae.training.options import DTYPES, OPTIONS_FILE, RunOptions, load_options, read_yaml, save_options
 from fastsae.training.plan import check_fits
+from fastsae.training.starts import start_uniformly_
 from fastsae.training.together import check_vacant, fit_together, open_together
 from fastsae.training.trainer import TrainConfig, Trainer, pick
 
-__all__ = ["RunOptions", "evaluate_run", "load_options", "run", "tokens_wanted"]
+__all__ = ["evaluate_run", "run", "tokens_wanted"]
 
 log = logging.getLogger("fastsae")
 
-OPTIONS_FILE = "run.yaml"
 _CALIBRATION_TOKENS = 16_384
 _EVALUATION_TOKENS = 1024  # at a time
-_TRANSCODERS = ("transcoder", "skip_transcoder")
-_STRUCTURES = ("autoencoder", *_TRANSCODERS, "crosscoder")
-_ACTIVATIONS = ("topk", "batchtopk", "relu")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Everything a run depends on; what ``fastsae train``'s flags and a ``--config`` file set.
-
-    Args:
-        out: the run directory.
-        model, hook, text: a transformers id or path (or "minilm"), a module path or several, and a text
-            source (:func:`fastsae.data.read_texts`).
-        target_hook: a transcoder's target: the module path of what it reconstructs.
-        structure: "autoencoder" (of several hooks one dictionary each, in ``out``/hook), "transcoder",
-            "skip_transcoder" or "crosscoder" (one dictionary of all hooks, which must be of one width). None:
-            "transcoder" with a target_hook, else "autoencoder".
-        activations: a file or folder of activations in place of the three above.
-        tokens: tokens to train on; None is one pass. Beyond the data, it is reshuffled and repeated.
-        latents, k, activation: dictionary size, active latents, and "topk", "batchtopk" or "relu".
-        l1: coefficient of the decoder-norm L1, "relu" only.
-        auxk: coefficient of AuxK, "topk" and "batchtopk" only; 0 leaves it out.
-        dead_after: tokens without firing that make a latent dead; None is 1/28 of the run, at most 10
-        million.
-        normalization: "none", "scalar" or "layer_norm".
-        batch_size, accumulate: tokens per batch, batches per step.
-        lr: None is 2e-4 / sqrt(latents / 2^14) (Gao et al. 2024), meant for long runs.
-        held_out: tokens kept from training for the final metrics, at most a tenth of the data.
-        context: tokens per window of text.
-        mode, state_dtype: of :class:`fastsae.optim.RowAdam`.
-        seed: of initial weights, split, order and stochastic rounding.
-        the rest: see :class:`fastsae.SAE` and :class:`TrainConfig`.
-    """
-
-    out: str
-    model: str | None = None
-    hook: str | list[str] | None = None
-    target_hook: str | None = None
-    structure: str | None = None
-    text: str | list[str] | None = None
-    activations: str | None = None
-    tokens: int | None = None
-    latents: int = 16_384
-    k: int = 32
-    activation: str = "topk"
-    l1: float = 5.0
-    auxk: float = 1 / 32
-    dead_after: int | None = None
-    normalization: str = "scalar"
-    batch_size: int = 4096
-    accumulate: int = 1
-    lr: float | None = None
-    warmup: float = 0.05
-    decay: float = 0.2
-    mode: str = "deferred"
-    held_out: int = 16_384
-    context: int = 128
-    seed: int = 0
-    checkpoint_every: int | None = 1000
-    log_every: int = 10
-    on_nan: str = "skip"
-    backend: str = "auto"
-    device: str | None = None
-    dtype: str = "float32"
-    weight_format: str = "float32"
-    state_dtype: str = "float32"
-    cache_dir: str | None = None
-    tensorboard: bool = False
-    wandb: str | None = None
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _check_field(field, getattr(self, field.name))
-        sources = [name for name in ("model", "hook", "text") if getattr(self, name) is not None]
-        if self.activations is not None and sources:
-            reject(
-                "activations",
-                f"{self.activations!r} beside {sources}",
-                "one source: activations, or model, hook and text",
-            )
-        if self.activations is None and len(sources) < 3:
-            missing = [name for name in ("model", "hook", "text") if name not in sources]
-            reject("model, hook, text", f"no {' and no '.join(missing)}", "all three, or activations")
-        self._check_structure()
-        check_choice("activation", self.activation, _ACTIVATIONS)
-        check_choice("dtype", self.dtype, _DTYPES)
-        _check_device(self.device)
-        for name in ("batch_size", "held_out", "context"):
-            check_number(name, getattr(self, name), integer=True, low=1)
-        if self.tokens is not None:
-            check_number("tokens", self.tokens, integer=True, low=self.batch_size)
-        # every other check, before any work: the same objects at width 1, without memory
-        sae = SAE(
-            self.sae_config(self.n_sites, 1),
-            device="meta",
-            dtype=_DTYPES[self.dtype],
-            weight_format=self.weight_format,
-            backend=self.backend,
-        )
-        Trainer(sae, [], dataclasses.replace(self.train_config(), n_steps=1))
-
-    def _check_structure(self) -> None:
-        check_choice("structure", self.kind, _STRUCTURES)
-        if self.activations is not None and self.kind != "autoencoder":
-            reject("structure", repr(self.kind), "'autoencoder' beside activations: one file is one hook's")
-        hooks = self.hooks
-        if not hooks or len(set(hooks)) < len(hooks):
-            reject("hook", hooks, "different module paths, at least one")
-        if self.kind in _TRANSCODERS:
-            if self.target_hook is None:
-                reject("target_hook", None, f"the module path of a {self.kind}'s target")
-            if len(hooks) > 1:
-                reject("hook", hooks, f"one module path for a {self.kind}")
-        elif self.target_hook is not None:
-            reject("target_hook", repr(self.target_hook), f"None beside structure {self.kind!r}")
-        if self.kind == "crosscoder" and len(hooks) < 2:
-            reject("hook", hooks, "at least two module paths for a crosscoder")
-
-    @property
-    def kind(self) -> str:
-        """The structure, its default resolved."""
-        default = "autoencoder" if self.target_hook is None else "transcoder"
-        return default if self.structure is None else self.structure
-
-    @property
-    def hooks(self) -> list[str]:
-        """The inputs by name: module paths, or the file of activations."""
-        hook = self.hook if self.activations is None else self.activations
-        return list(hook) if isinstance(hook, list) else [str(hook)]
-
-    @property
-    def n_sites(self) -> int:
-        """How many inputs a dictionary has."""
-        return len(self.hooks) if self.kind == "crosscoder" else 1
-
-    def dictionaries(self) -> list[RunOptions]:
-        """The options of each dictionary's own run: these, or of several autoencoders one in ``out``/hook."""
-        if self.n_sites == len(self.hooks):
-            return [self]
-        return [dataclasses.replace(self, out=str(Path(self.out) / hook), hook=hook) for hook in self.hooks]
-
-    def sae_config(self, d_in: int, n_tokens: int, d_out: int | None = None) -> SAEConfig:
-        """The dictionary for activations of width ``d_in``, trained on ``n_tokens`` tokens.
-
-        Args:
-            d_in: of a crosscoder the sum of all hooks' widths.
-            d_out: of a transcoder's target; None is ``d_in``.
-        """
-        common: dict[str, Any] = {
-            "d_in": d_in,
-            "n_latents": self.latents,
-            "normalization": self.normalization,
-            "n_sites": self.n_sites,
-        }
-        if self.kind in _TRANSCODERS:
-            common |= {"d_out": d_out, "transcoder": True, "skip": self.kind == "skip_transcoder"}
-        if self.activation == "relu":
-            return SAEConfig(activation=ReLU(), losses=(DecoderNormL1(self.l1),), **common)
-        losses = (AuxK(self.auxk, dead_after=self.resolve_dead_after(n_tokens)),) if self.auxk else ()
-        rule = TopK(self.k) if self.activation == "topk" else BatchTopK(self.k)
-        return SAEConfig(activation=rule, losses=losses, **common)
-
-    def resolve_dead_after(self, n_tokens: int) -> int:
-        """Tokens without firing that make a latent dead in a run of ``n_tokens``."""
-        return self.dead_after or max(1, min(n_tokens // 28, 10_000_000))
-
-    def train_config(self) -> TrainConfig:
-        """The trainer's share of the options."""
-        lr = 2e-4 / (self.latents / 2**14) ** 0.5 if self.lr is None else self.lr
-        shared = {f.name for f in dataclasses.fields(TrainConfig)} & {
-            f.name for f in dataclasses.fields(self)
-        }
-        hook = tuple(self.hooks) if self.kind == "crosscoder" else self.hooks[0]
-        return TrainConfig(**{name: getattr(self, name) for name in shared} | {"lr": lr, "hook": hook})
 
 
 def run(options: RunOptions, *, resume: bool = False) -> dict[str, Any] | None:
@@ -286,13 +108,16 @@ def _trainer(
     sae = SAE(
         _sae_config(options, stores, batches.n_tokens),
         device=_device(options),
-        dtype=_DTYPES[options.dtype],
+        dtype=DTYPES[options.dtype],
         weight_format=options.weight_format,
         backend=options.backend,
     )
     sample = _inputs(options, stores)[train_rows[:_CALIBRATION_TOKENS]]
     sample = sample[sample.isfinite().all(1)]
-    sae.calibrate_(sample.to(sae.W_enc.device, sae.dtype))
+    sample = sample.to(sae.W_enc.device, sae.dtype)
+    sae.calibrate_(sample)
+    if options.initial == "uniform":
+        start_uniformly_(sae, sample, options.seed)
     dead_after = options.resolve_dead_after(batches.n_tokens)
     return Trainer(sae, batches, dataclasses.replace(options.train_config(), dead_after=dead_after))
 
@@ -335,70 +160,6 @@ def evaluate_run(directory: str | Path, activations: str | None = None) -> Evalu
     sae = SAE.load(directory, device=options.device)
     stores = _activations(options)
     return _evaluate(sae, stores, _split(stores, options)[1], options)
-
-
-def save_options(options: RunOptions) -> None:
-    """Write run.yaml, which ``--config`` and ``--resume`` read."""
-    text = yaml.safe_dump(dataclasses.asdict(options), sort_keys=False)
-    write_atomically(Path(options.out) / OPTIONS_FILE, text)
-
-
-def load_options(directory: Path) -> RunOptions:
-    """The options of the run in ``directory``."""
-    return RunOptions(**{**read_yaml(directory / OPTIONS_FILE), "out": str(directory)})
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The options in a YAML file. Raises ValueError at an unreadable file or an unknown option."""
-    try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise BadValue(
-            f"{path}: got no readable YAML file ({reason}), expected options such as 'k: 32'"
-        ) from error
-    check_type(str(path), data, dict, "a YAML mapping of options such as 'k: 32'")
-    data = {str(key).replace("-", "_"): value for key, value in data.items()}
-    known = {f.name: str(f.type) for f in dataclasses.fields(RunOptions)}
-    if unknown := sorted(data.keys() - known.keys()):
-        reject(str(path), f"unknown options {unknown}", f"options among {sorted(known)}")
-    return {name: _number(value) if "float" in known[name] else value for name, value in data.items()}
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3, without a point, as text."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _check_field(field: dataclasses.Field, value: Any) -> None:
-    """Types as annotated, so that a YAML file's 'k: many' is refused by name."""
-    kinds = {
-        "int": int,
-        "float": (int, float),
-        "str": str,
-        "bool": bool,
-        "list[str]": list,
-        "None": type(None),
-    }
-    names = str(field.type).split(" | ")
-    allowed: list[type] = []
-    for name in names:
-        kind = kinds[name]
-        allowed += kind if isinstance(kind, tuple) else (kind,)
-    check_type(field.name, value, tuple(allowed), " or ".join(names))
-
-
-def _check_device(device: str | None) -> None:
-    try:
-        kind = torch.device(device or "cpu").type
-    except RuntimeError:
-        kind = None
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        found = "cpu or cuda" if torch.cuda.is_available() else "cpu, since torch finds no CUDA device"
-        reject("device", repr(device), found)
 
 
 def tokens_wanted(options: RunOptions) -> int | None:

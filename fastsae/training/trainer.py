@@ -14,6 +14,7 @@ from torch import Tensor
 from fastsae.checks import FastSAEError, check_choice, check_number, check_type, reject
 from fastsae.data import Activations
 from fastsae.optim import RowAdam
+from fastsae.policies import AuxK, PreActivation
 from fastsae.sae import SAE
 from fastsae.training.checkpoint import (
     load_checkpoint,
@@ -22,12 +23,11 @@ from fastsae.training.checkpoint import (
     save_checkpoint,
 )
 from fastsae.training.logs import check_sinks
+from fastsae.training.starts import resample_
 from fastsae.training.step import drop_batches, train_step
 from fastsae.training.together import fit_together, open_together
 
 __all__ = ["NotFinite", "TrainConfig", "Trainer", "pick"]
-
-_SPARSITY_TERMS = ("decoder_norm_l1",)
 
 
 class NotFinite(FastSAEError, ArithmeticError):
@@ -47,10 +47,12 @@ class TrainConfig:
         accumulate: batches per optimizer step, see :func:`train_step`. Schedules, logs, checkpoints and skips
         go by steps. Where the activations end within a step, its batches are left out.
         lr, betas, eps, mode, state_dtype, seed, host_states: of :class:`fastsae.optim.RowAdam`.
-        warmup: share of the run over which the learning rate rises linearly from 0.
-        decay: share of the run, at its end, over which it falls linearly to 0.
-        sparsity_warmup: share of the run over which sparsity coefficients (DecoderNormL1) rise linearly from
-        0.
+        warmup, decay, sparsity_warmup: over how much of the run the learning rate rises linearly from 0, at
+            its end falls linearly to 0, and sparsity coefficients (of all penalties but PreActivation) rise
+            linearly from 0: a share of the run up to 1, above it a number of steps.
+        clip: see :func:`train_step`.
+        resample_every: resample dead latents (:func:`fastsae.training.resample_`) by the batch of every so
+            many steps, until the learning rate falls; None: never.
         on_nan: "skip" leaves a step with NaN or Inf out and counts it; "stop" ends the run with an error.
         log_every, checkpoint_every: in steps; None for checkpoints writes only the last one.
         keep_checkpoints: how many of the newest to keep.
@@ -77,6 +79,8 @@ class TrainConfig:
     warmup: float = 0.05
     decay: float = 0.2
     sparsity_warmup: float = 0.05
+    clip: float | None = None
+    resample_every: int | None = None
     on_nan: Literal["skip", "stop"] = "skip"
     log_every: int = 10
     checkpoint_every: int | None = 1000
@@ -89,13 +93,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._check_hooks()
         for name in ("warmup", "decay", "sparsity_warmup"):
-            check_number(name, getattr(self, name), low=0.0, high=1.0)
-        if self.warmup + self.decay > 1:
+            check_number(name, getattr(self, name), low=0.0)
+        if max(self.warmup, self.decay) <= 1 < self.warmup + self.decay:
             reject("warmup + decay", self.warmup + self.decay, "at most 1")
+        if self.clip is not None:
+            check_number("clip", self.clip, low=0.0, open_low=True)
         check_choice("on_nan", self.on_nan, ("skip", "stop"))
         for name in ("accumulate", "log_every", "keep_checkpoints"):
             check_number(name, getattr(self, name), integer=True, low=1)
-        for name in ("n_steps", "checkpoint_every", "dead_after"):
+        for name in ("n_steps", "checkpoint_every", "dead_after", "resample_every"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), integer=True, low=1)
         check_sinks(self.tensorboard, self.wandb)
@@ -189,18 +195,37 @@ class Trainer:
         for group in self.opt.param_groups:
             group["lr"] = self._lr()
         self._metrics = self._feed(batch, accumulate=False)
+        self._resample(batch)
         self._tokens, self._kept_tokens = self._tokens + self._kept_tokens, 0
         self.step += 1
         self.skipped += int(self._metrics["skipped"])
 
     def _feed(self, batch: Any, *, accumulate: bool) -> dict[str, Tensor]:
-        rise = min(1.0, (self.step + 1) / max(1, round(self.config.sparsity_warmup * self.n_steps)))
-        scale = {term.name: rise for term in self.sae.config.losses if term.name in _SPARSITY_TERMS}
+        rise = min(1.0, (self.step + 1) / max(1, self._steps(self.config.sparsity_warmup)))
+        losses = self.sae.config.losses
+        scale = {term.name: rise for term in losses if not isinstance(term, AuxK | PreActivation)}
+        x, target = self._tensors(batch)
+        self._kept_tokens += x.shape[:-1].numel()
+        clip = None if accumulate else self.config.clip
+        return train_step(self.sae, self.opt, x, target, scale, accumulate=accumulate, clip=clip)
+
+    def _tensors(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """Input and target of a batch, where and as the weights are."""
         device, dtype = self.sae.W_enc.device, self.sae.dtype
         x, target = pick(batch, self.config.hook, self.config.target_hook)
-        x, target = x.to(device, dtype), None if target is None else target.to(device, dtype)
-        self._kept_tokens += x.shape[:-1].numel()
-        return train_step(self.sae, self.opt, x, target, scale, accumulate=accumulate)
+        return x.to(device, dtype), None if target is None else target.to(device, dtype)
+
+    def _resample(self, batch: Any) -> None:
+        """After a step, where it is time to."""
+        every, done = self.config.resample_every, self.step + 1
+        falling = done > self.n_steps - self._steps(self.config.decay)
+        if every and not done % every and not falling and not self._metrics["skipped"]:
+            dead = self.sae.dead_mask(self.config.dead_after)
+            resample_(self.sae, self.opt, *self._tensors(batch), dead=dead, seed=self.config.seed + done)
+
+    def _steps(self, length: float) -> int:
+        """A share of the run, or a number of steps, in steps."""
+        return round(length * self.n_steps) if length <= 1 else min(round(length), self.n_steps)
 
     def _drop_batches(self) -> None:
         """Forget the batches of a step that won't be taken."""
@@ -249,8 +274,8 @@ class Trainer:
     def _lr(self) -> float:
         """The rate of the next step: linear warm-up, plateau, linear decay towards 0."""
         done, total = self.step, self.n_steps
-        rise = (done + 1) / max(1, round(self.config.warmup * total))
-        fall = (total - done) / max(1, round(self.config.decay * total))
+        rise = (done + 1) / max(1, self._steps(self.config.warmup))
+        fall = (total - done) / max(1, self._steps(self.config.decay))
         return self.config.lr * min(1.0, rise, fall if self.config.decay else 1.0)
 
     def save_checkpoint(self, *, spare: int = 0) -> Path:
@@ -293,6 +318,7 @@ class Trainer:
         """What a resumed run must share with the one it continues, or its numbers would differ."""
         names = (
             "accumulate", "lr", "betas", "eps", "mode", "state_dtype", "warmup", "decay", "sparsity_warmup",
+            "clip", "resample_every",
         )  # fmt: skip
         return {
             **{name: getattr(self.config, name) for name in names},

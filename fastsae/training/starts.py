@@ -1,4 +1,4 @@
-"""Dead latents begun anew, where the dictionary does worst."""
+"""Where latents start, beyond the usual; and dead ones again, where the dictionary does worst."""
 
 from __future__ import annotations
 
@@ -6,16 +6,46 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fastsae import functional as F
 from fastsae.checks import check_type, reject
+from fastsae.initial import INITIAL_ROWS
 from fastsae.ops import upcast
 from fastsae.optim import RowAdam
 from fastsae.policies import Gated, JumpReLU
 from fastsae.sae import SAE
 
-__all__ = ["resample_"]
+__all__ = ["resample_", "start_uniformly_"]
 
 _ENCODER_SHARE = 0.2
+
+
+@torch.no_grad()
+def start_uniformly_(sae: SAE, x: Tensor, seed: int = 0) -> None:
+    """Begin as Anthropic's JumpReLU dictionaries do, from a raw sample ``x`` [n, d_in], calibrated already.
+
+        W_dec ~ U(-1 / sqrt(D), 1 / sqrt(D));   W_enc = (D / M) W_dec
+        b_enc[i] such that latent i passes its threshold on 10,000 / M of the sample (all of it, if M is less)
+
+    Raises:
+        ValueError: d_out differs from d_in; x is empty or doesn't fit.
+
+    Source: Conerly et al. 2025, "Circuits Updates - January 2025".
+    """
+    d, m = sae.config.d_in, sae.config.n_latents
+    if sae.config.d_out != d:
+        reject("initial", "'uniform'", f"'tied' where d_out ({sae.config.d_out}) differs from d_in ({d})")
+    if not x.numel():
+        reject("x", f"shape {tuple(x.shape)}", "at least one token")
+    x = upcast(_inputs(sae, x))
+    passing = max(1, min(len(x), round(len(x) * 10_000 / m)))
+    theta = sae.threshold if isinstance(sae.config.activation, JumpReLU) else torch.zeros_like(sae.b_enc)
+    generator = torch.Generator(x.device).manual_seed(seed)
+    for lo in range(0, m, INITIAL_ROWS):
+        hi = min(lo + INITIAL_ROWS, m)
+        rows = (2 * torch.rand(hi - lo, d, generator=generator, device=x.device) - 1) / d**0.5
+        sae.put_rows_("W_dec", lo, rows)
+        sae.put_rows_("W_enc", lo, rows * (d / m))
+        scores = x @ (rows * (d / m)).T.to(x.dtype)
+        sae.b_enc[lo:hi] = theta[lo:hi] - scores.kthvalue(len(x) - passing + 1, dim=0).values
 
 
 @torch.no_grad()
@@ -61,7 +91,9 @@ def resample_(
     if not len(latents):
         return 0
     opt.flush_()
-    x, y, losses = _inputs_and_losses(sae, x.to(sae.dtype), None if target is None else target.to(sae.dtype))
+    x, target = x.to(sae.dtype), None if target is None else target.to(sae.dtype)
+    y, losses = _targets_and_losses(sae, x, target)
+    x = _inputs(sae, x)
     generator = torch.Generator(x.device).manual_seed(seed)
     odds = losses.square() if losses.any() else torch.ones_like(losses)
     drawn = torch.multinomial(odds, len(latents), replacement=True, generator=generator)
@@ -85,19 +117,23 @@ def resample_(
     return len(latents)
 
 
-def _inputs_and_losses(sae: SAE, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """What W_enc multiplies [n, d_in]; the target less b_dec [n, d_out]; each token's squared error [n]."""
+def _inputs(sae: SAE, x: Tensor) -> Tensor:
+    """What W_enc multiplies of raw inputs, [n, d_in]."""
+    x = sae.normalise(x.to(sae.dtype))[0].reshape(-1, sae.config.d_in)
+    return (x - sae.b_dec).to(x.dtype) if sae.config.subtract_b_dec else x
+
+
+def _targets_and_losses(sae: SAE, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The normalised target less b_dec [n, d_out]; each token's squared error [n], in raw space."""
     was_training = sae.training
     sae.eval()
     try:
-        normalised = sae.normalise(x)
-        found = sae.encode_normalised(*normalised)
-        goal = sae.normalise_target(target, *normalised).reshape(-1, sae.config.d_out)
-        x_hat = F.decode(found.code, sae.W_dec, sae.b_dec, backend=sae.backend).reshape(goal.shape)
+        x_hat, _ = sae.reconstruct(x)
     finally:
         sae.train(was_training)
-    errors = (upcast(x_hat) - upcast(goal)).square().sum(1)
-    return found.x.reshape(-1, sae.config.d_in), upcast(goal) - upcast(sae.b_dec), errors
+    goal = sae.normalise_target(target, *sae.normalise(x)).reshape(-1, sae.config.d_out)
+    errors = (upcast(x_hat) - upcast(x if target is None else target)).reshape(goal.shape)
+    return upcast(goal) - upcast(sae.b_dec), errors.square().sum(1)
 
 
 def _mean_length(sae: SAE, name: str, living: Tensor) -> float:

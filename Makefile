@@ -9,10 +9,10 @@ PEERS := .venv-peers
 NATIVE := $(wildcard csrc/*.h csrc/*.cuh csrc/*.cu csrc/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format bench bench-peers bench-gpu clean
+.PHONY: help demo test test-all test-peers check format bench bench-peers bench-gpu clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED) ## train and report a dictionary of a real transformer, offline; writes runs/demo
 	$(BIN)/fastsae demo
@@ -41,6 +41,9 @@ bench: $(INSTALLED) ## run the quick benchmarks, in under 5 minutes; writes runs
 # measured uses, and whose build must be of torch's kind: where it isn't, importing transformers would fail.
 bench-peers: $(PEERS)/.installed ## measure a training step of ours and of other libraries, in under 20 minutes
 	$(PEERS)/bin/python -m fastsae.benchmarks --suite peers
+
+test-peers: $(PEERS)/.installed ## compare losses and gradients with those of other libraries
+	$(PEERS)/bin/python -m pytest tests/test_peers.py
 
 $(PEERS)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)

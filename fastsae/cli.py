@@ -127,8 +127,13 @@ def train(
         list[int] | None,
         typer.Option(help="Nested widths (matryoshka) or budgets (hierarchicaltopk); repeatable."),
     ] = None,
-    threshold: Annotated[float, typer.Option(help="What thresholds start with (jumprelu).")] = 0.001,
-    bandwidth: Annotated[float, typer.Option(help="Of the straight-through band (jumprelu).")] = 0.001,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="What thresholds start with (jumprelu); default: so that k latents fire."),
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="Of the straight-through band (jumprelu); default: threshold / 4.")
+    ] = None,
     penalty: Annotated[
         str | None,
         typer.Option(

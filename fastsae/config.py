@@ -93,7 +93,7 @@ class SAEConfig:
     def _resolve_defaults(self) -> None:
         fixed = not isinstance(self.activation, JumpReLU | ReLU | Gated)
         d_out = self.d_in if self.d_out is None else self.d_out
-        transcoder = self.skip or d_out != self.d_in if self.transcoder is None else self.transcoder
+        transcoder = bool(self.skip) or d_out != self.d_in if self.transcoder is None else self.transcoder
         centred = (fixed or isinstance(self.activation, Gated)) and not transcoder
         resolved = {
             "d_out": d_out,

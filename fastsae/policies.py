@@ -161,10 +161,10 @@ class Gated(_Activation):
 
         pi = W_enc x + b_enc;   f = 1[pi > 0] * relu(exp(r_mag) * W_enc x + b_mag)
 
-    Through 1[pi > 0] comes no gradient; instead relu(pi) has to reconstruct too, through a decoder that this
-    term doesn't move, and :class:`L1` charges relu(pi) in place of f:
+    Through 1[pi > 0] comes no gradient; instead relu(pi) has to reconstruct too, through a decoder (and a
+    skip) that this term doesn't move, and :class:`L1` charges relu(pi) in place of f:
 
-        L += aux_coefficient * ||target - b_dec - sum_i relu(pi_i) W_dec[i]||^2,  W_dec, b_dec (and a skip) held fixed
+        L += aux_coefficient * ||target - b_dec - sum_i relu(pi_i) W_dec[i]||^2,  W_dec and b_dec held fixed
 
     Source: Rajamanoharan et al. 2024, arXiv 2404.16014, eq. 6-8.
     """

@@ -10,7 +10,26 @@ import pytest
 import torch
 
 import fastsae.backends.torch as portable
-from fastsae import SAE, AuxK, BatchTopK, DecoderNormL1, JumpReLU, ReLU, SAEConfig, TopK, backends, losses
+from fastsae import (
+    L0,
+    L1,
+    SAE,
+    AuxK,
+    BatchTopK,
+    DecoderNormL1,
+    Gated,
+    GroupMax,
+    HierarchicalTopK,
+    JumpReLU,
+    Matryoshka,
+    MultiTopK,
+    ReLU,
+    SAEConfig,
+    TargetL0,
+    TopK,
+    backends,
+    losses,
+)
 from fastsae.data import Batches
 from fastsae.optim import RowAdam, row_adam
 from fastsae.testing import (
@@ -34,20 +53,26 @@ triton = pytest.mark.skipif(backends.available()["triton"] is not None, reason="
 D, D_OUT, M, N = 6, 4, 30, 32
 # five latents die in the middle of the third step, so that only the fourth may work on them; k_aux is more
 AUXK = AuxK(0.5, k_aux=8, dead_after=2 * N + N // 4)
-L1 = DecoderNormL1(0.3)
+NORM = DecoderNormL1(0.3)
 CONFIGS = {
     "TopK": {"activation": TopK(3)},
     "TopK, AuxK": {"activation": TopK(3), "losses": (AUXK,)},
-    "ReLU, L1": {"activation": ReLU(), "losses": (L1,)},
-    "ReLU, AuxK and L1": {"activation": ReLU(), "losses": (L1, AUXK)},
+    "ReLU, L1": {"activation": ReLU(), "losses": (NORM,)},
+    "ReLU, AuxK and L1": {"activation": ReLU(), "losses": (NORM, AUXK)},
     "JumpReLU, AuxK": {"activation": JumpReLU(0.25), "losses": (AUXK,)},
-    "squared error": {"losses": (AUXK, L1), "reconstruction": "squared_error"},
+    "JumpReLU, learning": {"activation": JumpReLU(0.5, 1.5), "losses": (L0(0.2), TargetL0(0.3, 4.0))},
+    "Gated, AuxK": {"activation": Gated(0.5), "losses": (L1(0.2), AUXK)},
+    "GroupMax, AuxK": {"activation": GroupMax(3), "losses": (AUXK,)},
+    "MultiTopK, AuxK": {"activation": MultiTopK(2), "losses": (AUXK,)},
+    "Matryoshka": {"activation": Matryoshka(TopK(3))},
+    "HierarchicalTopK, skip": {"activation": HierarchicalTopK(3), "d_out": D_OUT, "skip": True},
+    "squared error": {"losses": (AUXK, NORM), "reconstruction": "squared_error"},
     "a target": {"losses": (AUXK,), "d_out": D_OUT, "normalization": "layer_norm"},
-    "a target, scaled": {"losses": (AUXK, L1), "d_out": D_OUT, "normalization": "scalar"},
-    "layer norm": {"losses": (AUXK, L1), "normalization": "layer_norm"},
+    "a target, scaled": {"losses": (AUXK, NORM), "d_out": D_OUT, "normalization": "scalar"},
+    "layer norm": {"losses": (AUXK, NORM), "normalization": "layer_norm"},
     "free": {"losses": (AUXK,), "subtract_b_dec": False, "unit_norm_decoder": False},
     "multipliers": {
-        "losses": (AUXK, L1),
+        "losses": (AUXK, NORM),
         "scale": {"auxk": 3, "decoder_norm_l1": 0.25, "reconstruction": 0.5},
     },
 }
@@ -164,7 +189,7 @@ def copies(seed, n=N):
 
 @pytest.mark.parametrize("mode", ["dense", "lazy", "deferred"])
 def test_batchtopk_equals_one_large_batch_of_alike_pieces(mode):
-    options = {"activation": BatchTopK(3), "losses": (AUXK, L1), "inputs": copies}
+    options = {"activation": BatchTopK(3), "losses": (AUXK, NORM), "inputs": copies}
     assert_equal_runs(run([8] * 4, mode, **options), run([N], mode, **options))
 
 
@@ -196,9 +221,9 @@ SOON = AuxK(0.5, k_aux=8, dead_after=20)
     ("mode", "activation", "losses"),
     [
         ("dense", TopK(3), (SOON,)),
-        ("deferred", TopK(3), (SOON, L1)),
+        ("deferred", TopK(3), (SOON, NORM)),
         ("lazy", JumpReLU(0.25), (SOON,)),
-        ("lazy", ReLU(), (L1,)),
+        ("lazy", ReLU(), (NORM,)),
     ],
     ids=str,
 )
@@ -213,8 +238,8 @@ def test_triton_is_as_close_to_fp64_as_one_large_batch(mode, activation, losses)
 
 @triton
 def test_triton_takes_a_single_token():
-    sae = make(losses=(L1,), dtype=torch.float32, backend="triton")
-    exact = make(losses=(L1,))
+    sae = make(losses=(NORM,), dtype=torch.float32, backend="triton")
+    exact = make(losses=(NORM,))
     x = batch(0, n=2)[:1]
     big_step(sae, RowAdam(sae, 0.01, eps=0.01, backend="triton"), [x.float()])
     big_step(exact, RowAdam(exact, 0.01, eps=0.01), [x])
@@ -227,7 +252,7 @@ def test_triton_takes_a_single_token():
 def test_the_host_never_waits_for_the_device(monkeypatch, activation):
     monkeypatch.setattr(row_adam, "_on_host", lambda t: False)
     monkeypatch.setattr(row_adam, "GRAPH_STEPS", 64)
-    losses = (AuxK(0.5, k_aux=8, dead_after=8), L1)
+    losses = (AuxK(0.5, k_aux=8, dead_after=8), NORM)
     sae = make(activation, losses, torch.float32, "triton", normalization="scalar")
     optimizer = RowAdam(sae, 0.01, backend="triton")
     xs = [list(batch(step, n=8).float().split(4)) for step in range(4)]
@@ -241,7 +266,7 @@ def test_the_host_never_waits_for_the_device(monkeypatch, activation):
     assert metrics[0]["auxk"] > 0
 
 
-@pytest.mark.parametrize("losses", [(L1,), (AUXK, L1)], ids=str)
+@pytest.mark.parametrize("losses", [(NORM,), (AUXK, NORM)], ids=str)
 def test_spare_places_of_every_batch_are_ignored(monkeypatch, losses):
     """A backend that can't know how many scores pass may return more places than it fills."""
     encode = portable.encode
@@ -402,7 +427,7 @@ def test_no_tensor_of_the_size_of_a_weight_or_of_the_scores(small_blocks, monkey
     n, m = 24, 4000
     monkeypatch.setattr(row_adam, "BLOCK_ELEMENTS", m)
     torch.manual_seed(0)
-    sae = SAE(SAEConfig(D, m, TopK(3), losses=(AuxK(k_aux=4, dead_after=2 * n), L1)))
+    sae = SAE(SAEConfig(D, m, TopK(3), losses=(AuxK(k_aux=4, dead_after=2 * n), NORM)))
     optimizer = RowAdam(sae, mode=mode)
     xs = batch(0, n=n).float().split(6)
     for _ in range(3):
@@ -423,7 +448,7 @@ def test_one_batch_costs_no_copy_and_no_second_mean(monkeypatch):
         return joined[0][1]
 
     monkeypatch.setattr(step_module, "join", watched)
-    sae = make(ReLU(), (L1,))
+    sae = make(ReLU(), (NORM,))
     train_step(sae, RowAdam(sae), batch(0))
     piece, forward = joined[0]
     assert piece.spread.mean is None
@@ -446,7 +471,7 @@ def test_two_runs_agree_to_the_bit_and_no_place_is_left_unwritten(backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_weights_learn(dtype):
-    sae = make(losses=(L1,), dtype=dtype)
+    sae = make(losses=(NORM,), dtype=dtype)
     optimizer = RowAdam(sae, 0.01)
     xs = batch(0, n=64).to(dtype).split(16)
     rows = [big_step(sae, optimizer, xs) for _ in range(40)]
@@ -460,7 +485,7 @@ def test_narrow_weights_take_the_same_step(weight_format, allowed):
     saes = []
     for sizes in ([N], [8] * 4):
         torch.manual_seed(0)
-        sae = SAE(SAEConfig(D, M, TopK(3), losses=(L1,)), weight_format=weight_format)
+        sae = SAE(SAEConfig(D, M, TopK(3), losses=(NORM,)), weight_format=weight_format)
         big_step(sae, RowAdam(sae, 0.01, eps=0.01), batch(0).float().split(sizes))
         saes.append(sae)
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
@@ -476,7 +501,7 @@ def test_narrow_weights_take_the_same_step(weight_format, allowed):
 @pytest.mark.parametrize("where", [0, 1, 3])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30, 1e14])
 def test_nan_in_any_batch_skips_the_step(activation, where, bad):
-    sae = make(activation, (AUXK, L1), torch.float32, reconstruction="squared_error")
+    sae = make(activation, (AUXK, NORM), torch.float32, reconstruction="squared_error")
     optimizer = RowAdam(sae)
     for step in range(3):
         big_step(sae, optimizer, batch(step).float().split(8))
@@ -521,7 +546,7 @@ def test_a_first_step_that_is_skipped_sets_no_scale(where):
 
 
 def test_what_does_not_fit_the_batches_kept_is_refused_and_they_stay():
-    sae, expected = make(losses=(L1,)), make(losses=(L1,))
+    sae, expected = make(losses=(NORM,)), make(losses=(NORM,))
     optimizer = RowAdam(sae)
     scale = {"decoder_norm_l1": 0.5}
     for part in batch(0).split(16):

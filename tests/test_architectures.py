@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import fastsae.training.dense as dense_step
 from fastsae import (
@@ -30,7 +31,6 @@ from fastsae import (
 from fastsae.optim import RowAdam
 from fastsae.testing import (
     assert_close,
-    assert_repeatable,
     assert_same,
     assert_unchanged,
     everything,
@@ -83,6 +83,21 @@ CASES = {
 }
 FIXED = {name: case for name, case in CASES.items() if case[0].rule in ("topk", "groupmax")}
 DENSE = {name: case for name, case in CASES.items() if case[0].rule == "threshold" and "AuxK" not in name}
+# where each costs too much: every rule, every penalty, a skip and sites
+COVERING = [
+    "TopK, AuxK",
+    "BatchTopK, AuxK",
+    "GroupMax",
+    "ReLU, L1",
+    "JumpReLU, AuxK",
+    "JumpReLU, PreActivation",
+    "Gated, AuxK",
+    "MultiTopK",
+    "HierarchicalTopK",
+    "Matryoshka, TopK",
+    "skip, JumpReLU",
+    "crosscoder, Tanh",
+]
 
 
 def batch(seed, d=D, n=N):
@@ -90,14 +105,14 @@ def batch(seed, d=D, n=N):
 
 
 def make(activation, options, dtype=torch.float64, backend="torch", **more):
-    """A dictionary unlike its initial self; a sixth of its latents never fires and has been silent for long."""
+    """A dictionary unlike its initial self, of which a sixth has been silent for long."""
     torch.manual_seed(0)
     config = SAEConfig(D, M, activation, **(options | more))
     sae = SAE(config, dtype=torch.float64, backend=backend)
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
-        sae.b_enc[::6] -= 3
+        sae.b_enc[::6] -= 1.5
     sae.constrain_weights_()
     sae.silent_tokens[::6] = 2 * N
     if "norm_scale" in sae.state_dict():
@@ -296,15 +311,17 @@ def test_loss_and_gradients_are_the_formulas(exact_backend, case):
     assert_equal_results(by_module(sae, x, target), expected)
     # what is compared isn't all zero
     assert all(t.any() for name, t in expected.items() if " by " not in name)
+    for term in set(expected) & {"auxk", "gated_aux", "target_l0", *(t.name for t in sae.config.losses)}:
+        assert any(t.any() for name, t in expected.items() if name.startswith(f"{term} by ")), term
     for name in dict(sae.named_parameters()):
         assert sum(t.any() for key, t in expected.items() if key.endswith(f" by {name}")), name
 
 
 @triton
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", COVERING)
 def test_triton_is_as_close_to_the_formulas_as_eager(case):
     sae = make(*CASES[case], torch.float32, "triton")
-    x, target = inputs(sae, 3, n=4)
+    x, target = inputs(sae, 3, n=3)
     exact, eager = (by_formulas(sae, x, target, dtype) for dtype in (torch.float64, torch.float32))
     found = by_module(sae, x, target)
     assert found.keys() == exact.keys()
@@ -379,7 +396,7 @@ def assert_equal_sae(sae, expected):
             assert_same(sae.state_dict()[name], t, name)
 
 
-def compare(case, mode, backend, clip, steps=4):
+def compare(case, mode, backend, clip, steps=3):
     fused = make(*CASES[case], backend=backend)
     ordinary = copy.deepcopy(fused)
     ordinary.backend = "reference"
@@ -393,28 +410,26 @@ def compare(case, mode, backend, clip, steps=4):
         x, target = inputs(fused, step)
         loss = ordinary_step(ordinary, other, x, target, clip)
         metrics = train_step(fused, optimizer, x, target, clip=clip)
-        torch.testing.assert_close(metrics["loss"], loss, rtol=1e-9, atol=0)
+        torch.testing.assert_close(metrics["loss"], loss, rtol=1e-7, atol=0)  # l0 is fp32
         assert metrics["skipped"] == 0
         assert_equal_sae(fused, ordinary)
     return fused
 
 
-@pytest.mark.parametrize("clip", [None, 0.5], ids=["", "clipped"])
-@pytest.mark.parametrize("mode", ["dense", "lazy", "deferred"])
+@pytest.mark.parametrize(("mode", "clip"), [("dense", None), ("lazy", None), ("deferred", 0.5)])
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_equals_the_ordinary_loop(monkeypatch, case, mode, clip):
     force(monkeypatch, "sparse")
     compare(case, mode, "torch", clip)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", COVERING)
 def test_it_equals_it_on_every_exact_backend(exact_backend, monkeypatch, case):
     force(monkeypatch, "sparse")
     compare(case, "deferred", exact_backend, 0.5, steps=2)
 
 
-@pytest.mark.parametrize("clip", [None, 0.5], ids=["", "clipped"])
-@pytest.mark.parametrize("mode", ["dense", "lazy", "deferred"])
+@pytest.mark.parametrize(("mode", "clip"), [("dense", 0.5), ("deferred", None)])
 @pytest.mark.parametrize("case", DENSE)
 def test_a_dense_step_equals_it(monkeypatch, case, mode, clip):
     force(monkeypatch, "dense")
@@ -429,13 +444,10 @@ def test_a_dense_step_equals_it(monkeypatch, case, mode, clip):
         ("BatchTopK, AuxK", "dense", None),
         ("GroupMax", "lazy", None),
         ("JumpReLU, wide", "deferred", None),
-        ("JumpReLU, AuxK", "dense", 0.5),
         ("Gated, AuxK", "lazy", None),
         ("MultiTopK", "dense", None),
         ("HierarchicalTopK", "deferred", 0.5),
-        ("Matryoshka, TopK", "lazy", None),
         ("skip transcoder", "deferred", None),
-        ("crosscoder", "lazy", None),
     ],
 )
 def test_triton_equals_it_in_fp32(monkeypatch, case, mode, clip):
@@ -450,7 +462,7 @@ def test_triton_equals_it_in_fp32(monkeypatch, case, mode, clip):
         sae = make(*CASES[case], dtype, backend)
         optimizer = RowAdam(sae, 0.01, eps=0.01, mode=mode, backend=backend)
         for step in range(2):
-            x, target = inputs(sae, step, n=6)
+            x, target = inputs(sae, step, n=4)
             if name == "kernels":
                 train_step(sae, optimizer, x, target, clip=clip)
             else:
@@ -463,7 +475,7 @@ def test_triton_equals_it_in_fp32(monkeypatch, case, mode, clip):
             assert_same(runs["kernels"][name], exact, name)
 
 
-def train(case, dtype=torch.float32, backend="torch", steps=3, mode="deferred", clip=None):
+def train(case, dtype=torch.float32, backend="torch", steps=2, mode="deferred", clip=None):
     sae = make(*CASES[case], dtype, backend)
     optimizer = RowAdam(sae, 0.01, mode=mode, backend=backend)
     for step in range(steps):
@@ -472,14 +484,13 @@ def train(case, dtype=torch.float32, backend="torch", steps=3, mode="deferred", 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_runs_agree_to_the_bit_and_no_place_is_left_unwritten(monkeypatch, two_threads, case):
+def test_two_runs_agree_to_the_bit_and_no_place_is_left_unwritten(monkeypatch, case):
     for way in ("sparse", "dense") if case in DENSE else ("sparse",):
         force(monkeypatch, way)
 
         def run():
             return [t for t in everything(*train(case, clip=1.0)).values() if isinstance(t, torch.Tensor)]
 
-        assert_repeatable(run)
         expected = run()
         with poisoned_empty():
             poisoned = run()
@@ -538,7 +549,10 @@ def test_states_files_and_copies_are_whole(tmp_path, monkeypatch, case):
         for step in range(3, 5):
             for module, its in ((sae, optimizer), (other, resumed)):
                 train_step(module, its, *inputs(module, step))
-        assert_unchanged(everything(other, resumed), everything(sae, optimizer))
+        assert_unchanged(everything(other), everything(sae))
+        states = [tree_leaves(its.state_dict()["state"]) for its in (resumed, optimizer)]
+        for a, b in zip(*states, strict=True):
+            assert_same(a, b)
         assert any(not torch.equal(a, b) for a, b in zip(copied.parameters(), sae.parameters(), strict=True))
 
         x, _ = inputs(sae, 9)
@@ -583,21 +597,32 @@ def test_no_tokens_are_refused_by_the_step_alone(case):
     assert sae.encode_sparse(x).offsets.tolist() == [0]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, (torch.bfloat16, torch.float16)[i % 2]) for i, case in enumerate(CASES)]
+    + [
+        (case, (torch.float16, torch.bfloat16)[i % 2])
+        for i, case in enumerate(CASES)
+        if case in COVERING[::3]
+    ],
+    ids=str,
+)
 def test_half_precision_weights_learn(monkeypatch, case, dtype):
     for way in ("sparse", "dense") if case in DENSE else ("sparse",):
         force(monkeypatch, way)
         sae = make(*CASES[case], dtype)
         optimizer = RowAdam(sae, 0.01)
         x, target = inputs(sae, 0)
-        losses = [train_step(sae, optimizer, x, target)["loss"] for _ in range(30)]
-        assert losses[-1] < 0.8 * losses[0]
+        losses = [train_step(sae, optimizer, x, target)["loss"] for _ in range(20)]
+        assert losses[-1] < 0.85 * losses[0]
         assert {p.dtype for n, p in sae.named_parameters() if n != "log_threshold"} == {dtype}
 
 
-@pytest.mark.parametrize("formats", [("split32", "int8"), ("bfloat16", "int8_row")], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "formats"),
+    [(case, (("split32", "int8"), ("bfloat16", "int8_row"))[i % 2]) for i, case in enumerate(COVERING)],
+    ids=str,
+)
 def test_weights_and_states_in_fewer_bytes_learn(monkeypatch, case, formats):
     for way in ("sparse", "dense") if case in DENSE else ("sparse",):
         force(monkeypatch, way)
@@ -606,7 +631,7 @@ def test_weights_and_states_in_fewer_bytes_learn(monkeypatch, case, formats):
         sae.silent_tokens[::6] = 2 * N
         optimizer = RowAdam(sae, 0.02, state_dtype=formats[1])
         x, target = inputs(sae, 0)
-        losses = [train_step(sae, optimizer, x, target)["loss"] for _ in range(40)]
+        losses = [train_step(sae, optimizer, x, target)["loss"] for _ in range(25)]
         assert losses[-1] < 0.9 * losses[0]
         assert all(p.isfinite().all() for p in sae.parameters())
 
@@ -646,6 +671,8 @@ def test_latents_that_fire_are_counted_as_the_formulas_say(path, case):
     if path == "dense" and case not in DENSE:
         pytest.skip("is never made densely")
     sae = make(*CASES[case])
+    with torch.no_grad():
+        sae.b_enc[::6] -= 10
     optimizer, silent = RowAdam(sae, 0.01), sae.silent_tokens.clone()
     for step in range(3):
         x, target = inputs(sae, step)
@@ -713,11 +740,11 @@ def test_fault_b_dec_twice_in_auxk(case):
 
 @pytest.mark.parametrize("case", FIXED)
 def test_fault_gradient_through_entries_of_zero(case):
-    """With five latents that can fire, the places of all others are padding."""
+    """With two latents that can fire, the places of all others are padding."""
     sae = make(*CASES[case])
     with torch.no_grad():
         sae.b_enc.fill_(-100)
-        sae.b_enc[:5] = 5
+        sae.b_enc[:2] = 5
     sae.silent_tokens.zero_()
     x, target = inputs(sae, 0)
     code = copy.deepcopy(sae).encode_sparse(x)
@@ -725,12 +752,12 @@ def test_fault_gradient_through_entries_of_zero(case):
     assert (code.values > 0).any()
     for name, grad in by_module(copy.deepcopy(sae), x, target).items():
         if name.endswith(("W_enc", "b_enc", "W_dec")):
-            assert not grad[5:].any(), name
+            assert not grad[2:].any(), name
     before, optimizer = everything(sae), RowAdam(sae, 0.1, mode="lazy")
     train_step(sae, optimizer, x, target)
     for name in ("W_enc", "b_enc", "W_dec"):
-        assert_same(getattr(sae, name)[5:], before[name][5:], name)
-        assert not optimizer.row_steps(getattr(sae, name))[5:].any()
+        assert_same(getattr(sae, name)[2:], before[name][2:], name)
+        assert not optimizer.row_steps(getattr(sae, name))[2:].any()
 
 
 ENC, ALL = {"W_enc", "b_enc"}, {"W_enc", "b_enc", "W_dec"}
@@ -747,7 +774,7 @@ MOVES = [
     ("JumpReLU, PreActivation", "pre_activation", ALL | {"log_threshold"}),
     ("Gated, free", "gated_aux", ENC),
     ("Gated, free", "l1", ENC),
-    ("Gated, free", "reconstruction", ALL | {"b_dec", "r_mag", "b_mag"}),
+    ("Gated, free", "reconstruction", {"W_enc", "W_dec", "b_dec", "r_mag", "b_mag"}),
     ("skip, Gated", "gated_aux", ENC),
 ]
 
@@ -757,7 +784,7 @@ def test_fault_a_term_moves_what_it_claims_and_nothing_else(case, term, moved):
     """In particular AuxK's gradient reaches the encoder."""
     sae = make(*CASES[case])
     found = by_module(sae, *inputs(sae, 3))
-    assert {n for n, _ in sae.named_parameters() if found[f"{term} by {n}"].any()} == moved
+    assert {n for n, _ in sae.named_parameters() if (found[f"{term} by {n}"].abs() > 1e-12).any()} == moved
 
 
 CHANGES = [

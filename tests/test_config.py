@@ -5,7 +5,26 @@ import json
 
 import pytest
 
-from fastsae import AuxK, BatchTopK, DecoderNormL1, JumpReLU, ReLU, SAEConfig, TopK
+from fastsae import (
+    L0,
+    L1,
+    AuxK,
+    BatchTopK,
+    DecoderNormL1,
+    Gated,
+    GroupMax,
+    HierarchicalTopK,
+    JumpReLU,
+    Matryoshka,
+    MultiTopK,
+    PreActivation,
+    ReLU,
+    SAEConfig,
+    Tanh,
+    TargetL0,
+    TopK,
+    policies,
+)
 
 ACTIVATIONS = [TopK(3), BatchTopK(3), JumpReLU(0.25), ReLU()]
 
@@ -17,7 +36,13 @@ ACTIVATIONS = [TopK(3), BatchTopK(3), JumpReLU(0.25), ReLU()]
         (BatchTopK(3), None, (True, True, "fvu")),
         (JumpReLU(), None, (False, False, "squared_error")),
         (ReLU(), None, (False, False, "squared_error")),
+        (Gated(), None, (True, True, "squared_error")),
+        (GroupMax(4), None, (True, True, "fvu")),
+        (MultiTopK(3), None, (True, True, "fvu")),
+        (HierarchicalTopK(3), None, (True, True, "fvu")),
+        (Matryoshka(BatchTopK(3)), None, (True, True, "fvu")),
         (TopK(3), 6, (False, False, "fvu")),
+        (Gated(), 6, (False, False, "squared_error")),
         (ReLU(), 6, (False, False, "squared_error")),
     ],
 )
@@ -45,6 +70,64 @@ def test_json_round_trip(activation, losses, normalization):
     again = SAEConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False)))
     assert again == config
     assert hash(again) == hash(config)
+
+
+POLICIES = [
+    TopK(4),
+    BatchTopK(4),
+    GroupMax(4),
+    JumpReLU(0.25, 0.5),
+    ReLU(),
+    Gated(0.5),
+    MultiTopK(2, 3, 0.25),
+    HierarchicalTopK(4),
+    HierarchicalTopK(4, (1, 4)),
+    Matryoshka(TopK(4)),
+    Matryoshka(BatchTopK(4), (5, 20)),
+]
+TERMS = [
+    AuxK(0.5, 3, 7), L1(0.5), DecoderNormL1(0.5), Tanh(0.5, 2.0), L0(0.5), TargetL0(0.5, 3.0),
+    PreActivation(0.5), PreActivation(0.5, 7),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_json_round_trip_of_every_activation(policy):
+    config = SAEConfig(8, 20, policy)
+    again = SAEConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False)))
+    assert again == config
+    assert type(again.activation) is type(policy)
+    assert hash(again) == hash(config)
+
+
+@pytest.mark.parametrize("term", TERMS, ids=str)
+def test_json_round_trip_of_every_loss(term):
+    config = SAEConfig(8, 20, JumpReLU(), losses=term)
+    again = SAEConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False)))
+    assert again == config
+    assert again.losses == (term,)
+    assert hash(again) == hash(config)
+
+
+def test_the_round_trips_leave_nothing_out():
+    assert {type(policy) for policy in POLICIES} == set(policies.Activation.__args__)
+    assert {type(term) for term in TERMS} == set(policies.Loss.__args__)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"skip": True, "d_out": 6}, {"transcoder": True}, {"n_sites": 4}, {"normalization": "mean_norm"}],
+)
+def test_json_round_trip_of_structure(options):
+    config = SAEConfig(8, 20, TopK(3), **options)
+    assert SAEConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False))) == config
+
+
+def test_a_skip_or_another_width_makes_a_transcoder():
+    assert not SAEConfig(8, 20, TopK(3)).transcoder
+    assert SAEConfig(8, 20, TopK(3), d_out=6).transcoder
+    assert SAEConfig(8, 20, TopK(3), skip=True).transcoder
+    assert SAEConfig(8, 20, TopK(3), transcoder=True).d_out == 8
 
 
 def test_a_short_json_takes_the_defaults():
@@ -121,6 +204,75 @@ INF, NAN = float("inf"), float("nan")
         ),
         (
             lambda: config_with(d_out=6, subtract_b_dec=True),
+            ValueError,
+            "subtract_b_dec: got True, expected False for a transcoder",
+        ),
+        (lambda: JumpReLU(bandwidth=0), ValueError, "bandwidth: got 0, expected a number > 0"),
+        (lambda: Gated(-1), ValueError, "aux_coefficient: got -1, expected a number >= 0"),
+        (lambda: GroupMax(0), ValueError, "k: got 0, expected an integer >= 1"),
+        (lambda: MultiTopK(3, 1), ValueError, "multiple: got 1, expected an integer >= 2"),
+        (lambda: MultiTopK(3, 4, -1), ValueError, "weight: got -1, expected a number >= 0"),
+        (lambda: HierarchicalTopK(3, (1, 2)), ValueError, r"budgets: got \(1, 2\), expected .* end with 3"),
+        (lambda: HierarchicalTopK(3, (2, 1, 3)), ValueError, "budgets: got .*, expected ascending integers"),
+        (lambda: HierarchicalTopK(3, (1, 1, 3)), ValueError, "budgets: got .*, expected ascending integers"),
+        (lambda: HierarchicalTopK(3, ()), ValueError, "budgets: got .*, expected ascending integers"),
+        (lambda: HierarchicalTopK(3, (0, 3)), ValueError, "budgets: got 0, expected an integer >= 1"),
+        (lambda: HierarchicalTopK(3, 3), TypeError, "budgets: got int, expected ascending integers"),
+        (lambda: Matryoshka(ReLU()), TypeError, "inner: got ReLU, expected TopK or BatchTopK"),
+        (lambda: Matryoshka(TopK(3), (5, 4)), ValueError, "widths: got .*, expected ascending integers"),
+        (lambda: L1(-1), ValueError, "coefficient: got -1, expected a number >= 0"),
+        (lambda: L0(INF), ValueError, "coefficient: got inf, expected a number >= 0"),
+        (lambda: Tanh(1, 0), ValueError, "scale: got 0, expected a number > 0"),
+        (lambda: TargetL0(1, 0), ValueError, "target: got 0, expected a number > 0"),
+        (lambda: PreActivation(1, 0), ValueError, "dead_after: got 0, expected an integer >= 1"),
+        (
+            lambda: config_with(activation=GroupMax(3)),
+            ValueError,
+            r"k: got 3, expected a divisor of .* \(20\)",
+        ),
+        (lambda: config_with(activation=GroupMax(40)), ValueError, r"k: got 40, expected .* in 1\.\.20"),
+        (
+            lambda: config_with(activation=MultiTopK(6)),
+            ValueError,
+            r"k \* multiple: got 6 x 4, expected at most 20",
+        ),
+        (lambda: config_with(activation=HierarchicalTopK(21)), ValueError, r"k: got 21, expected .* 1\.\.20"),
+        (lambda: config_with(activation=Matryoshka(TopK(21))), ValueError, r"k: got 21, expected .* 1\.\.20"),
+        (
+            lambda: config_with(activation=Matryoshka(TopK(3), (5, 19))),
+            ValueError,
+            r"widths: got \(5, 19\), expected widths that end with 20",
+        ),
+        (
+            lambda: config_with(activation=Gated(), losses=DecoderNormL1(1)),
+            ValueError,
+            "losses: got .*, expected L1 or AuxK beside Gated",
+        ),
+        (lambda: config_with(losses=L0(1)), ValueError, "losses: got L0.*, expected JumpReLU beside it"),
+        (lambda: config_with(losses=TargetL0(1, 2)), ValueError, "losses: got TargetL0.*, expected JumpReLU"),
+        (lambda: config_with(losses=PreActivation()), ValueError, "losses: got Pre.*, expected JumpReLU"),
+        (
+            lambda: config_with(activation=JumpReLU(), losses=(AuxK(), PreActivation())),
+            ValueError,
+            "losses: got .*, expected AuxK or PreActivation, not both",
+        ),
+        (lambda: config_with(n_sites=0), ValueError, "n_sites: got 0, expected an integer >= 1"),
+        (lambda: config_with(n_sites=3), ValueError, r"d_in: got 8, expected a multiple of n_sites \(3\)"),
+        (lambda: config_with(n_sites=4, d_out=6), ValueError, "d_out: got 6, expected a multiple of n_sites"),
+        (
+            lambda: config_with(transcoder=False, d_out=6),
+            ValueError,
+            r"transcoder: got False, expected True where d_out \(6\)",
+        ),
+        (
+            lambda: config_with(skip=True, transcoder=False),
+            ValueError,
+            "skip: got True, expected a transcoder",
+        ),
+        (lambda: config_with(skip=1), TypeError, "skip: got int, expected True"),
+        (lambda: config_with(transcoder=1), TypeError, "transcoder: got int, expected True"),
+        (
+            lambda: config_with(transcoder=True, subtract_b_dec=True),
             ValueError,
             "subtract_b_dec: got True, expected False for a transcoder",
         ),

@@ -120,8 +120,7 @@ def pair(peer, config):
     parameters = dict(sae.named_parameters())
     for name, p in peer.named_parameters():
         mine = parameters.pop(NAMES[name])
-        if mine.numel():
-            mine.copy_(p.T if name in TRANSPOSED else p.double().log() if name == "threshold" else p)
+        mine.copy_(p.T if name in TRANSPOSED else p.double().log() if name == "threshold" else p)
     assert not parameters
     return peer, sae
 

@@ -58,7 +58,8 @@ class RunOptions:
         latents, k: dictionary size, active latents (of "jumprelu" with its default penalty, those aimed at).
         activation: one of ACTIVATIONS; "matryoshka" is over BatchTopK.
         widths: of "matryoshka" the nested widths, of "hierarchicaltopk" the budgets; None: their defaults.
-        threshold, bandwidth: of "jumprelu".
+        threshold, bandwidth: of "jumprelu"; None: such that at the start k latents of a token pass, and a
+            quarter of the threshold.
         penalty: "l1", "decoder_norm_l1", "tanh", "l0", "target_l0" or "none"; None is decoder_norm_l1 for
             "relu", l1 for "gated", target_l0 for "jumprelu", none for others.
         sparsity: its coefficient; None is 5 (l1, decoder_norm_l1), 10 (tanh), 1 (l0, target_l0).
@@ -92,8 +93,8 @@ class RunOptions:
     k: int = 32
     activation: str = "topk"
     widths: list[int] | None = None
-    threshold: float = 0.001
-    bandwidth: float = 0.001
+    threshold: float | None = None
+    bandwidth: float | None = None
     penalty: str | None = None
     sparsity: float | None = None
     pre_activation: float = 0.0
@@ -233,7 +234,8 @@ class RunOptions:
         widths = None if self.widths is None else tuple(self.widths)
         match self.activation:
             case "jumprelu":
-                return policies.JumpReLU(self.threshold, self.bandwidth)
+                given = {"threshold": self.threshold, "bandwidth": self.bandwidth}
+                return policies.JumpReLU(**{name: v for name, v in given.items() if v is not None})
             case "relu":
                 return policies.ReLU()
             case "gated":

@@ -27,16 +27,17 @@ from fastsae.sae import SAE
 from fastsae.training.logs import read_log
 from fastsae.training.options import DTYPES, OPTIONS_FILE, RunOptions, load_options, read_yaml, save_options
 from fastsae.training.plan import check_fits
-from fastsae.training.starts import start_uniformly_
+from fastsae.training.starts import start_thresholds_, start_uniformly_
 from fastsae.training.together import check_vacant, fit_together, open_together
 from fastsae.training.trainer import TrainConfig, Trainer, pick
 
-__all__ = ["evaluate_run", "run", "tokens_wanted"]
+__all__ = ["evaluate_run", "new_trainer", "run", "tokens_wanted"]
 
 log = logging.getLogger("fastsae")
 
 _CALIBRATION_TOKENS = 16_384
 _EVALUATION_TOKENS = 1024  # at a time
+_THRESHOLD_TOKENS = 1024
 
 
 def run(options: RunOptions, *, resume: bool = False) -> dict[str, Any] | None:
@@ -56,7 +57,7 @@ def run(options: RunOptions, *, resume: bool = False) -> dict[str, Any] | None:
     train_rows, held_out = _split(stores, options)
     batches = Batches(stores, options.batch_size, rows=train_rows, seed=options.seed, n_tokens=options.tokens)
     _warn(options, [_sae_config(one, stores, batches.n_tokens) for one in runs])
-    trainers = {one.hooks[0]: _trainer(one, stores, batches, train_rows) for one in runs}
+    trainers = {one.hooks[0]: new_trainer(one, stores, batches, train_rows) for one in runs}
     open_together(trainers, resume=resume)
     for each in (options, *runs):
         save_options(each)
@@ -100,7 +101,7 @@ def _device(options: RunOptions) -> str:
     return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _trainer(
+def new_trainer(
     options: RunOptions, stores: dict[str, ActivationStore], batches: Batches, train_rows: np.ndarray
 ) -> Trainer:
     """The trainer of one new, calibrated dictionary."""
@@ -116,6 +117,8 @@ def _trainer(
     sample = sample[sample.isfinite().all(1)]
     sample = sample.to(sae.W_enc.device, sae.dtype)
     sae.calibrate_(sample)
+    if options.activation == "jumprelu" and options.threshold is None:
+        start_thresholds_(sae, sample[:_THRESHOLD_TOKENS], options.k, options.bandwidth)
     if options.initial == "uniform":
         start_uniformly_(sae, sample, options.seed)
     dead_after = options.resolve_dead_after(batches.n_tokens)

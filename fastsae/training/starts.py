@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fastsae import functional as F
 from fastsae.checks import check_type, reject
 from fastsae.initial import INITIAL_ROWS
 from fastsae.ops import upcast
 from fastsae.optim import RowAdam
-from fastsae.policies import Gated, JumpReLU
+from fastsae.policies import BatchTopK, Gated, JumpReLU
 from fastsae.sae import SAE
 
-__all__ = ["resample_", "start_uniformly_"]
+__all__ = ["resample_", "start_thresholds_", "start_uniformly_"]
 
 _ENCODER_SHARE = 0.2
+
+
+@torch.no_grad()
+def start_thresholds_(sae: SAE, x: Tensor, k: int, bandwidth: float | None = None) -> float:
+    """Give a new JumpReLU dictionary the threshold by which ``k`` latents of a token fire on average.
+
+    In log theta a short run doesn't get far: it moves by at most the sum of its learning rates.
+
+    Args:
+        sae: calibrated already.
+        x: a raw sample [n, d_in].
+        bandwidth: of the activation; None: a quarter of the threshold. At the start most latents lie just
+            below, and each of them in the band is an entry of the code.
+
+    Returns:
+        The threshold, which is also the activation's from now on.
+    """
+    check_type("activation", sae.config.activation, JumpReLU, "JumpReLU")
+    code = F.encode(_inputs(sae, x), sae.W_enc, sae.b_enc, BatchTopK(k), backend=sae.backend)
+    threshold = float(code.values[code.values > 0].min())
+    sae.config = replace(
+        sae.config, activation=JumpReLU(threshold, threshold / 4 if bandwidth is None else bandwidth)
+    )
+    sae.log_threshold.fill_(threshold).log_()
+    return threshold
 
 
 @torch.no_grad()

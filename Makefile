@@ -9,7 +9,7 @@ PEERS := .venv-peers
 NATIVE := $(wildcard csrc/*.h csrc/*.cuh csrc/*.cu csrc/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-peers check format bench bench-peers bench-gpu clean
+.PHONY: help demo test test-all test-peers check format bench bench-peers bench-gpu quality families clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,12 @@ $(PEERS)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 
 # Without .venv: the Python given, with what it has. It takes torch, triton, numpy, pytest and, from this folder,
 # `pip install --no-deps --no-build-isolation -e .`, which needs no network.
+quality: $(INSTALLED) ## check what dictionaries find of known features, in under 6 minutes
+	$(BIN)/python -m fastsae.benchmarks --suite gates
+
+families: $(INSTALLED) ## train every architecture on the demo's activations, about a quarter of an hour
+	$(BIN)/python -m fastsae.benchmarks --suite families
+
 bench-gpu: ## measure on a CUDA GPU in under ten minutes: .venv, or make bench-gpu PYTHON=...
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m fastsae.benchmarks --suite gpu
 

@@ -6,6 +6,7 @@ Nothing beyond torch, triton and numpy is needed; tables and the page are better
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,20 @@ from fastsae.checks import FastSAEError
 _COLUMNS = ("op", "backend", "model", "N", "D", "M", "k", "format", "p50_ms", "p5_ms", "p95_ms",
             "ratio_to_gemm", "ceiling_share", "peak_mib", "process_mib", "note")  # fmt: skip
 _QUALITY_COLUMNS = ("backend", "M", "k", "lr", "at", "tokens", "seconds", "fvu", "dead_share", "l0", "note")
+_GATE_COLUMNS = (
+    "backend",
+    "seed",
+    "mmcs",
+    "mcc",
+    "recovered",
+    "f1",
+    "shrinkage",
+    "fvu",
+    "l0",
+    "seconds",
+    "note",
+)
+_FAMILY_COLUMNS = ("backend", "M", "lr", "fvu", "l0", "dead_share", "cosine", "seconds", "note")
 _GROWTH_COLUMNS = ("backend", "format", "along", "exponent", "stderr", "note")
 _COMPILE_COLUMNS = (
     "kernel", "arch", "dtypes", "widths", "config", "registers", "spill_bytes", "shared_bytes", "wgmma",
@@ -64,7 +79,7 @@ def _run_suite(args: argparse.Namespace) -> int:
     if args.compare:
         return _run_compare(args)
     from fastsae.benchmarks.measure import describe_machine
-    from fastsae.benchmarks.results import new_path, write_csv, write_json
+    from fastsae.benchmarks.results import new_path, newest, write_csv, write_json
     from fastsae.benchmarks.suites import gpu_tests_fail, run_suite
 
     rows: list[dict[str, Any]] = []
@@ -82,6 +97,9 @@ def _run_suite(args: argparse.Namespace) -> int:
         for path in paths:  # at once, so that what was measured stays if the machine is taken away
             write_json(path, result)
     _show(args.suite, rows)
+    if args.suite == "gates" and (families := newest("families", False)) is not None:
+        print(f"as measured before, {families} (make families):")
+        _show("families", json.loads(families.read_text())["rows"])
     write_csv(paths[0].with_suffix(".csv"), result)
     print(*_page(paths[0].with_suffix(".html"), result), *paths, sep="\n")
     return int(any(row["failed"] for row in rows))
@@ -96,7 +114,12 @@ _FIGURES = (("p50_ms", "ms"), ("fvu", "FVU"), ("exponent", "exponent"))
 
 
 def _show(suite: str, rows: list[dict[str, Any]]) -> None:
-    kinds = {"quality": _QUALITY_COLUMNS, "growth": _GROWTH_COLUMNS}
+    kinds = {
+        "quality": _QUALITY_COLUMNS,
+        "growth": _GROWTH_COLUMNS,
+        "gate": _GATE_COLUMNS,
+        "family": _FAMILY_COLUMNS,
+    }
     timed = [row for row in rows if row["op"] not in kinds]
     if timed:
         tables.show(f"suite {suite}", _COLUMNS, timed)

@@ -64,7 +64,8 @@ def refresh(check: bool, readme: Path = ROOT / "README.md", results: Path = RESU
 def figures(results: Path) -> str:
     """The newest result of each kind, as markdown."""
     parts = [_cpu(newest("quick", False, results)), _peers(newest("peers", False, results)),
-             _quality(newest("quality", False, results)), _gpu(newest("gpu", True, results))]  # fmt: skip
+             _quality(newest("quality", False, results)), _families(newest("families", False, results)),
+             _gates(newest("gates", False, results)), _gpu(newest("gpu", True, results))]  # fmt: skip
     return "\n".join([*filter(None, parts), ""])
 
 
@@ -151,6 +152,45 @@ def _quality(path: Path | None) -> str:
             f"{then['fvu']:.3f}" if then else "–",
         ]
     return f"{head}\n\n{_table(columns, lines)}"
+
+
+def _families(path: Path | None) -> str:
+    """FVU, L0 and silent share of every architecture on the demo's activations."""
+    if path is None:
+        return ""
+    rows = json.loads(path.read_text())["rows"]
+    s = rows[0]
+    head = (
+        f"Every architecture on the demo's activations, M = {s['M']:,}, k = {s['k']}, one pass in batches of "
+        f"{s['N']:,}, on held-out\ntokens ({_link(path)}, `make families`):"
+    )
+    lines = {
+        row["backend"]: [f"{row['fvu']:.3f}", f"{row['l0']:.1f}", f"{100 * row['dead_share']:.1f} %"]
+        for row in rows
+    }
+    return f"{head}\n\n{_table(['FVU', 'L0', 'silent'], lines)}"
+
+
+def _gates(path: Path | None) -> str:
+    """What was found of known features, by gate: the least and the most over the seeds."""
+    if path is None:
+        return ""
+    rows = json.loads(path.read_text())["rows"]
+    head = (
+        "What is found of 128 known features in 64 dimensions, 3 active, in 2000 steps of 512 tokens, data "
+        f"and dictionary from\nindependent seeds, {len(_distinct(rows, 'seed'))} of them ({_link(path)}, "
+        "`make quality`):"
+    )
+    lines = {}
+    for name in _distinct(rows, "backend"):
+        some = [row for row in rows if row["backend"] == name]
+        lines[name] = [_span(some, key) for key in ("mmcs", "recovered", "fvu", "l0", "shrinkage")]
+    return f"{head}\n\n{_table(['MMCS', 'share > .9', 'FVU', 'L0', 'shrinkage slope'], lines)}"
+
+
+def _span(rows: list[dict[str, Any]], key: str) -> str:
+    low, high = (f"{extreme(row[key] for row in rows):.3f}" for extreme in (min, max))
+    return low if low == high else f"{low}–{high}"
 
 
 def _fastest(rows: list[dict[str, Any]]) -> float:

@@ -44,6 +44,8 @@ _OPS = {
     "step": "a whole training step",
     "growth": "exponent of a step's time in each size",
     "quality": "after training on real activations",
+    "gate": "what was found of known features",
+    "family": "each architecture after training on real activations",
     "overhead": "a call's time on the host",
 }
 

@@ -87,6 +87,18 @@ def _quality(_: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     yield from quality_rows()
 
 
+def _gates(_: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    from fastsae.benchmarks.gates import gate_rows
+
+    yield from gate_rows()
+
+
+def _families(_: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    from fastsae.benchmarks.gates import family_rows
+
+    yield from family_rows()
+
+
 def _wide_rows(_: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Time and peak memory of the first steps of a process, imports included, beside what the plan says, by
     format; of some processes of each, in turns.
@@ -166,6 +178,20 @@ SUITES = {
         [],
         ON_CPU,
         (_quality,),
+    ),
+    "gates": Suite(
+        "what ours find of known features, over three seeds, in under 6 minutes; fails where a gate does",
+        "cpu",
+        [],
+        ON_CPU,
+        (_gates,),
+    ),
+    "families": Suite(
+        "FVU, L0 and silent latents of each of our architectures, on the demo's activations",
+        None,
+        [],
+        ON_CPU,
+        (_families,),
     ),
 }
 

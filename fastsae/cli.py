@@ -181,6 +181,9 @@ def train(
     sparsity_warmup: Annotated[
         float, typer.Option(help="Share of the run (above 1: steps) with rising sparsity coefficient.")
     ] = 0.05,
+    threshold_rate: Annotated[
+        float, typer.Option(help="Thresholds' learning rate (jumprelu), as a multiple of --lr.")
+    ] = 1.0,
     clip: Annotated[float | None, typer.Option(help="Most that the norm of all gradients may be.")] = None,
     resample_every: Annotated[
         int | None, typer.Option(help="Steps between resamplings of dead latents.")

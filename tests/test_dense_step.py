@@ -146,13 +146,22 @@ def firing(share, m=64):
 def test_it_pays_where_more_than_a_share_fires(monkeypatch):
     monkeypatch.setattr(dense_step, "FEW_SCORES", 0)
     x = torch.randn(100, 4)
-    assert dense_step.DENSE_SHARE == 1 / 64
+    assert dense_step.DENSE_SHARE == 1 / 16
     assert not dense_step.pays(firing(0), x)
-    assert not dense_step.pays(firing(1 / 64), x)
-    assert dense_step.pays(firing(2 / 64), x)
+    assert not dense_step.pays(firing(4 / 64), x)
+    assert dense_step.pays(firing(5 / 64), x)
     monkeypatch.setattr(dense_step, "DENSE_SHARE", 0.5)
     assert not dense_step.pays(firing(0.5), x)
     assert dense_step.pays(firing(0.6), x)
+
+
+def test_it_pays_where_a_code_would_have_too_many_entries(monkeypatch):
+    monkeypatch.setattr(dense_step, "FEW_SCORES", 0)
+    x = torch.randn(100, 4)
+    monkeypatch.setattr(dense_step, "MOST_ENTRIES", 100)
+    assert not dense_step.pays(firing(1 / 64), x)
+    monkeypatch.setattr(dense_step, "MOST_ENTRIES", 99)
+    assert dense_step.pays(firing(1 / 64), x)
 
 
 def test_it_does_not_pay_for_few_scores(monkeypatch):

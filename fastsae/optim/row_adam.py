@@ -400,10 +400,13 @@ def _groups(params: nn.Module | Iterable) -> Iterable:
     if isinstance(params, SAE):
         by_rows = {id(p) for p in (params.W_enc, params.b_enc, params.W_dec)}
         rest = [p for p in params.parameters() if id(p) not in by_rows]
+        thresholds = [p for n, p in params.named_parameters() if n == "log_threshold"]
+        rest = [p for p in rest if not any(p is t for t in thresholds)]
         return [
             {"params": [params.W_enc, params.b_enc], "row_sparse": True},
             {"params": [params.W_dec], "row_sparse": True, "unit_norm": params.config.unit_norm_decoder},
             {"params": rest, "row_sparse": False},
+            *({"params": [t], "row_sparse": False} for t in thresholds),  # whose rate may be another
         ]
     return params.parameters() if isinstance(params, nn.Module) else params
 

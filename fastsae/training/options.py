@@ -114,6 +114,7 @@ class RunOptions:
     warmup: float = 0.05
     decay: float = 0.2
     sparsity_warmup: float = 0.05
+    threshold_rate: float = 1.0
     clip: float | None = None
     resample_every: int | None = None
     mode: str = "deferred"

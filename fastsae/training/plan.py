@@ -414,8 +414,9 @@ def check_fits(
     It says which of SMALLER would fit. Of ReLU, whose codes have no fixed size, a lower bound is taken.
     """
     auxk = next((term for term in config.losses if isinstance(term, AuxK)), None)
+    k = getattr(config.activation.selection(training=True), "k", 1)
     work = Workload(
-        config.d_in, config.d_out, config.n_latents, getattr(config.activation, "k", 1), batch, accumulate,
+        config.d_in, config.d_out, config.n_latents, k, batch, accumulate,
         weight_format, state_dtype, 0 if auxk is None else auxk.resolve_k(config.d_in), mode, dtype,
     )  # fmt: skip
     on_gpu, free = torch.device(device).type == "cuda", free_memory(device)

@@ -73,7 +73,9 @@ def start_uniformly_(sae: SAE, x: Tensor, seed: int = 0) -> None:
         sae.put_rows_("W_dec", lo, rows)
         sae.put_rows_("W_enc", lo, rows * (d / m))
         scores = x @ (rows * (d / m)).T.to(x.dtype)
-        sae.b_enc[lo:hi] = theta[lo:hi] - scores.kthvalue(len(x) - passing + 1, dim=0).values
+        # the first that is not to pass lies at the threshold
+        last = scores.amin(0) - 1 if passing == len(x) else scores.kthvalue(len(x) - passing, dim=0).values
+        sae.b_enc[lo:hi] = theta[lo:hi] - last
 
 
 @torch.no_grad()

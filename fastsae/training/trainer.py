@@ -50,6 +50,8 @@ class TrainConfig:
         warmup, decay, sparsity_warmup: over how much of the run the learning rate rises linearly from 0, at
             its end falls linearly to 0, and sparsity coefficients (of all penalties but PreActivation) rise
             linearly from 0: a share of the run up to 1, above it a number of steps.
+        threshold_rate: what JumpReLU's thresholds learn at, as a multiple of the learning rate. In log theta
+            a step is at most the rate: a short run needs more.
         clip: see :func:`train_step`.
         resample_every: resample dead latents (:func:`fastsae.training.resample_`) by the batch of every so
             many steps, until the learning rate falls; None: never.
@@ -79,6 +81,7 @@ class TrainConfig:
     warmup: float = 0.05
     decay: float = 0.2
     sparsity_warmup: float = 0.05
+    threshold_rate: float = 1.0
     clip: float | None = None
     resample_every: int | None = None
     on_nan: Literal["skip", "stop"] = "skip"
@@ -96,6 +99,7 @@ class TrainConfig:
             check_number(name, getattr(self, name), low=0.0)
         if max(self.warmup, self.decay) <= 1 < self.warmup + self.decay:
             reject("warmup + decay", self.warmup + self.decay, "at most 1")
+        check_number("threshold_rate", self.threshold_rate, low=0.0)
         if self.clip is not None:
             check_number("clip", self.clip, low=0.0, open_low=True)
         check_choice("on_nan", self.on_nan, ("skip", "stop"))
@@ -193,7 +197,8 @@ class Trainer:
     def _take_step(self, batch: Any) -> None:
         """Take a step on ``batch``, its last, and those kept."""
         for group in self.opt.param_groups:
-            group["lr"] = self._lr()
+            thresholds = any(p is self.sae._parameters.get("log_threshold") for p in group["params"])
+            group["lr"] = self._lr() * (self.config.threshold_rate if thresholds else 1.0)
         self._metrics = self._feed(batch, accumulate=False)
         self._resample(batch)
         self._tokens, self._kept_tokens = self._tokens + self._kept_tokens, 0
@@ -318,7 +323,7 @@ class Trainer:
         """What a resumed run must share with the one it continues, or its numbers would differ."""
         names = (
             "accumulate", "lr", "betas", "eps", "mode", "state_dtype", "warmup", "decay", "sparsity_warmup",
-            "clip", "resample_every",
+            "threshold_rate", "clip", "resample_every",
         )  # fmt: skip
         return {
             **{name: getattr(self.config, name) for name in names},

@@ -179,7 +179,7 @@ def test_the_trainer_resamples_until_the_rate_falls(monkeypatch):
 
 
 def test_resampling_by_the_trainer_revives():
-    sae = SAE(SAEConfig(D, M, TopK(3)))
+    sae = SAE(SAEConfig(D, M, ReLU()))
     with torch.no_grad():
         sae.b_enc[: M // 2] = -100
     batches = [data(step, 64) for step in range(30)]

@@ -9,14 +9,15 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from fastsae.benchmarks.quality import demo_activations
 from fastsae.cli import DEMO
 from fastsae.config import SAEConfig
-from fastsae.data import Batches, cached_activations, split_rows
+from fastsae.data import Batches
 from fastsae.evaluate import Recovery, SyntheticDictionary, evaluate, score
 from fastsae.policies import L0, AuxK, BatchTopK, DecoderNormL1, JumpReLU, ReLU, TopK
 from fastsae.sae import SAE
@@ -27,7 +28,6 @@ from fastsae.training.run import new_trainer
 __all__ = ["FAMILIES", "GATES", "Gate", "family_rows", "gate_rows", "learn"]
 
 STEPS, TOKENS = 2000, 512
-HELD_OUT = 16_384
 _AUXK = AuxK(1 / 4, k_aux=3, dead_after=10 * TOKENS)
 _WIDTHS = {"subtract_b_dec": True, "unit_norm_decoder": True}
 
@@ -139,35 +139,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """By name, what differs from the demo's options."""
 
 
-@dataclass
-class _Data:
-    """The demo's activations, split as a run splits them."""
-
-    hook: str = DEMO["hook"]
-    rows: Any = field(init=False)
-
-    def __post_init__(self) -> None:
-        options = RunOptions(**DEMO, out="")
-        wanted = DEMO["tokens"] + HELD_OUT
-        self.store = cached_activations(
-            DEMO["model"], self.hook, DEMO["text"], context=options.context, n_tokens=wanted, progress=False
-        )
-        self.train, self.held_out = split_rows(len(self.store), HELD_OUT, options.seed)
-
-
 def family_rows(families: Iterable[str] = tuple(FAMILIES)) -> Iterator[dict[str, Any]]:
     """A row for each family, trained on the demo's activations as the demo is."""
-    data = _Data()
-    stores = {data.hook: data.store}
+    store, train, held_out = demo_activations(RunOptions(**DEMO, out=""))
+    stores = {DEMO["hook"]: store}
     for name in families:
         options = RunOptions(**DEMO | FAMILIES[name], out="", progress=False)
-        batches = Batches(stores, options.batch_size, rows=data.train, n_tokens=options.tokens)
-        trainer = new_trainer(options, stores, batches, data.train)
+        batches = Batches(stores, options.batch_size, rows=train, n_tokens=options.tokens)
+        trainer = new_trainer(options, stores, batches, train)
         trainer.config = dataclasses.replace(trainer.config, out=None)
         final = trainer.fit()
-        held_out = Batches(data.store, 1024, rows=data.held_out, shuffle=False, drop_last=False)
-        found = evaluate(trainer.sae, held_out)
-        sizes = {"N": options.batch_size, "D": data.store.d_in, "M": options.latents, "k": options.k}
+        unseen = Batches(store, 1024, rows=held_out, shuffle=False, drop_last=False)
+        found = evaluate(trainer.sae, unseen)
+        sizes = {"N": options.batch_size, "D": store.d_in, "M": options.latents, "k": options.k}
         yield {
             "op": "family", "backend": name, **sizes, "dtype": "float32", **found.to_dict(), "lr": options.lr,
             "seconds": final["seconds"], "failed": False, "note": str(trainer.sae.config.activation),

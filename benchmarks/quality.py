@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from fastsae.benchmarks.cases import Shape
@@ -14,10 +15,10 @@ from fastsae.benchmarks.engine import failure
 from fastsae.benchmarks.measure import now
 from fastsae.benchmarks.trainers import TRAINERS, Trainer, Unavailable, build
 from fastsae.cli import DEMO
-from fastsae.data import Batches, cached_activations, split_rows
+from fastsae.data import ActivationStore, Batches, cached_activations, split_rows
 from fastsae.training.options import RunOptions
 
-__all__ = ["LRS", "NAMES", "evaluate", "quality_rows"]
+__all__ = ["LRS", "NAMES", "demo_activations", "evaluate", "quality_rows"]
 
 LRS = {
     "fastsae": 3e-3,
@@ -99,13 +100,18 @@ def quality_rows(
 def _data(tokens: int, batch_size: int) -> _Data:
     """The demo's activations, split as a run splits them."""
     options = RunOptions(**DEMO | {"out": "", "tokens": tokens, "batch_size": batch_size})
+    store, train, held_out = demo_activations(options)
+    batches = Batches(store, batch_size, rows=train, seed=options.seed, n_tokens=tokens)
+    return _Data(batches, store[train[:SAMPLE_TOKENS]], store[held_out])
+
+
+def demo_activations(options: RunOptions) -> tuple[ActivationStore, np.ndarray, np.ndarray]:
+    """The demo's activations, and which rows of them are trained on and held out."""
     store = cached_activations(
         DEMO["model"], DEMO["hook"], DEMO["text"], context=options.context,
         n_tokens=DEMO["tokens"] + options.held_out, progress=False,
     )  # fmt: skip
-    train, held_out = split_rows(len(store), min(options.held_out, len(store) // 10), options.seed)
-    batches = Batches(store, batch_size, rows=train, seed=options.seed, n_tokens=tokens)
-    return _Data(batches, store[train[:SAMPLE_TOKENS]], store[held_out])
+    return store, *split_rows(len(store), min(options.held_out, len(store) // 10), options.seed)
 
 
 def _train(trainer: Trainer, data: _Data, device: str) -> list[dict[str, Any]]:

@@ -136,13 +136,8 @@ class NestedSquares(torch.autograd.Function):
         values, W, error, indices, offsets = ctx.saved_tensors
         found = nested.gradients(values, indices, offsets, W, error, ctx.parts, ctx.backend)
         grad_values = (grad * found.values).to(values.dtype)
-        rows = (grad * found.rows).to(W.dtype)
+        grad_W = _from_rows(found.latents, (grad * found.rows).to(W.dtype), len(W), ctx.sparse_grad)
         grad_error = (grad * found.error).to(error.dtype)
-        if ctx.sparse_grad:
-            where = found.latents[None]
-            grad_W = torch.sparse_coo_tensor(where, rows, W.shape, is_coalesced=True, check_invariants=False)
-        else:
-            grad_W = rows.new_zeros(W.shape).index_add_(0, found.latents, rows)
         return grad_values, grad_W, grad_error, None, None, None, None, None
 
 
@@ -150,9 +145,15 @@ def _weight_grad(coefs: Tensor, x: Tensor, feature_major, W: Tensor, ctx, dense:
     """The gradient of a weight [M, D] from its active rows: dense, or row-sparse COO."""
     latents, starts, tokens, order = feature_major
     rows = _ops.row_grads(coefs[order], x, starts, tokens, ctx.backend).to(W.dtype)
-    if ctx.sparse_grad and not dense:
-        used = latents < W.shape[0]
+    return _from_rows(latents, rows, len(W), ctx.sparse_grad and not dense)
+
+
+def _from_rows(latents: Tensor, rows: Tensor, m: int, sparse: bool) -> Tensor:
+    """The gradient [M, D] whose rows ``latents``, ascending, are given; latents of M are unused places."""
+    shape = m, rows.shape[1]
+    if sparse:
+        used = latents < m
         where = latents[used][None]
-        return torch.sparse_coo_tensor(where, rows[used], W.shape, is_coalesced=True, check_invariants=False)
+        return torch.sparse_coo_tensor(where, rows[used], shape, is_coalesced=True, check_invariants=False)
     # unused places hold zero rows; adding them to the last latent changes nothing
-    return rows.new_zeros(W.shape[0], rows.shape[1]).index_add_(0, latents.clamp_max(W.shape[0] - 1), rows)
+    return rows.new_zeros(shape).index_add_(0, latents.clamp_max(m - 1), rows)

@@ -128,16 +128,7 @@ class SparseCode:
 
     def with_values(self, values: Tensor) -> SparseCode:
         """The same entries with other values."""
-        return SparseCode(
-            values,
-            self.indices,
-            self.offsets,
-            self.n_latents,
-            self.leading,
-            per_token=self.per_token,
-            mean=self.mean,
-            scale=self.scale,
-        )
+        return self._map(lambda t: values if t is self.values else t)
 
     def detach(self) -> SparseCode:
         """The same code without history."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from fastsae.checks import check_choice, check_number, check_type, reject
 from fastsae.policies import (
@@ -25,6 +25,7 @@ from fastsae.policies import (
 
 __all__ = ["Normalization", "SAEConfig"]
 
+Term = TypeVar("Term", bound=Loss)
 Normalization = Literal["none", "scalar", "unit_scalar", "mean_norm", "layer_norm"]
 
 
@@ -114,10 +115,9 @@ class SAEConfig:
                 reject("losses", term, "L1 or AuxK beside Gated, whose sparsity is that of relu(pi)")
             if isinstance(term, L0 | TargetL0 | PreActivation) and not isinstance(self.activation, JumpReLU):
                 reject("losses", term, f"JumpReLU beside it, not {self.activation}")
-        kinds = [type(term) for term in self.losses]
-        if len(set(kinds)) < len(kinds):
+        if len({type(term) for term in self.losses}) < len(self.losses):
             reject("losses", self.losses, "at most one term of each kind")
-        if AuxK in kinds and PreActivation in kinds:
+        if self.loss(AuxK) and self.loss(PreActivation):
             reject("losses", self.losses, "AuxK or PreActivation, not both")
 
     def _check_structure(self) -> None:
@@ -131,6 +131,10 @@ class SAEConfig:
             reject("skip", True, "a transcoder: an autoencoder's would be the identity")
         if self.subtract_b_dec and self.transcoder:
             reject("subtract_b_dec", True, "False for a transcoder, whose b_dec is in its target's space")
+
+    def loss(self, kind: type[Term]) -> Term | None:
+        """The loss term of that kind, None without one."""
+        return next((term for term in self.losses if isinstance(term, kind)), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; the inverse of :meth:`from_dict`."""

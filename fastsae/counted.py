@@ -35,9 +35,7 @@ class Counted(nn.Module):
         fired = (code.rows() < code.n_tokens) & (code.values > 0)
         if proceed is not None:
             fired &= proceed
-        n = code.n_tokens if proceed is None else code.n_tokens * proceed
-        self.tokens_seen += n
-        self.silent_tokens.clamp_max_(_LONGEST - code.n_tokens).add_(n)
+        self._count_tokens_(code.n_tokens, proceed)
         since = torch.where(fired, 0, _LONGEST).to(torch.int32)
         self.silent_tokens.scatter_reduce_(0, torch.where(fired, code.indices, 0).long(), since, "amin")
         if self.config.activation.rule == "batchtopk" and len(fired):
@@ -51,21 +49,25 @@ class Counted(nn.Module):
     @torch.no_grad()
     def count_fired_(self, fired: Tensor, n_tokens: int, proceed: Tensor) -> None:
         """:meth:`count_firing_` of a batch of which only is known which latents ``fired`` [M] bool."""
-        n = n_tokens * proceed
+        self._count_tokens_(n_tokens, proceed)
+        self.silent_tokens.masked_fill_(fired & proceed, 0)
+
+    def _count_tokens_(self, n_tokens: int, proceed: Tensor | None) -> None:
+        """As if nothing fired on them."""
+        n = n_tokens if proceed is None else n_tokens * proceed
         self.tokens_seen += n
         self.silent_tokens.clamp_max_(_LONGEST - n_tokens).add_(n)
-        self.silent_tokens.masked_fill_(fired & proceed, 0)
 
     def dead_mask(self, dead_after: int | None = None) -> Tensor:
         """Which latents haven't fired for ``dead_after`` tokens (AuxK's own where None), [M] bool."""
         if dead_after is None:
-            dead_after = next(
-                (t.dead_after for t in self.config.losses if isinstance(t, AuxK)), AuxK().dead_after
-            )
+            dead_after = (self.config.loss(AuxK) or AuxK()).dead_after
         return self.silent_tokens >= dead_after
 
-    def _pre_activation_after(self) -> int | None:
-        return next((t.dead_after for t in self.config.losses if isinstance(t, PreActivation)), None)
+    def short_mask(self) -> Tensor | None:
+        """The latents [M] bool that PreActivation is about; None for all of them, or without it."""
+        term = self.config.loss(PreActivation)
+        return None if term is None or term.dead_after is None else self.dead_mask(term.dead_after)
 
     def dead_latents(self, dead_after: int | None = None) -> Tensor:
         """The latents of :meth:`dead_mask`, ascending int64."""

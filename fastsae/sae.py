@@ -218,11 +218,15 @@ class SAE(Normalised, Counted, Weights):
         self, x: Tensor, mean: Tensor | None, scale: Tensor | None, *, whole: bool = False
     ) -> Encoded:
         """The sparse code of what :meth:`normalise` gave; ``whole``: all entries that the loss looks at."""
-        encoder_input = (x - self.b_dec).to(x.dtype) if self.config.subtract_b_dec else x
+        encoder_input = self.encoder_input(x)
         rule, threshold = self.selection(whole)
         code = F.encode(encoder_input, self.W_enc, self.b_enc, rule, threshold=threshold, **self._options())
         code.mean, code.scale = mean, scale
         return self.activate(code, encoder_input)
+
+    def encoder_input(self, x: Tensor) -> Tensor:
+        """What W_enc multiplies, of normalised x."""
+        return (x - self.b_dec).to(x.dtype) if self.config.subtract_b_dec else x
 
     def activate(self, code: SparseCode, encoder_input: Tensor) -> Encoded:
         """What the activation makes of the operator's code."""
@@ -316,28 +320,29 @@ class SAE(Normalised, Counted, Weights):
         found = self.encode_normalised(*normalised, whole=True)
         x_hat = self._reconstruct(found.code, normalised[0])
         goal = self.normalise_target(target, *normalised).reshape(-1, self.config.d_out)
-        nested = self._nested()
-        if nested is None:
-            main, main_hat = found.code, x_hat
-        else:
-            main = self.main_part(found.code)
-            last = nested.main == len(nested.ends) - 1
-            main_hat = x_hat if last else self._reconstruct(main, normalised[0])
-        dead = self.dead_mask()
-        never = self.dead_mask(self._pre_activation_after())
+        main = self.main_part(found.code)
+        main_hat = x_hat if main is found.code else self._reconstruct(main, normalised[0])
+        dead, short = self.dead_mask(), self.short_mask()
         if self.training:
             self.count_firing_(main)
-        terms = self._terms(found, x_hat.reshape(goal.shape), main_hat.reshape(goal.shape), goal, dead, never)
+        terms = self._terms(found, x_hat.reshape(goal.shape), main_hat.reshape(goal.shape), goal, dead, short)
         return TrainingOutput(
             self._restore(main_hat, main), main, torch.stack([*terms.values()]).sum(), terms
         )
 
     def _terms(
-        self, found: Encoded, x_hat: Tensor, main_hat: Tensor, goal: Tensor, dead: Tensor, never: Tensor
+        self,
+        found: Encoded,
+        x_hat: Tensor,
+        main_hat: Tensor,
+        goal: Tensor,
+        dead: Tensor,
+        short: Tensor | None,
     ) -> dict[str, Tensor]:
         """Every term of the loss by name, in the order of ``config.losses``.
 
         x_hat, main_hat: the decode of all entries, and of those that :meth:`decode` would see.
+        dead, short: the latents that AuxK, and PreActivation, is about before this batch.
         """
         config, options, terms = self.config, self._options(), {}
         scale = losses.error_scale(goal, config.reconstruction)
@@ -366,11 +371,11 @@ class SAE(Normalised, Counted, Weights):
                 charged = found.code if found.gates is None else found.gates
                 terms[term.name] = losses.sparsity(term, charged, self.W_dec, config.n_sites)
             elif isinstance(term, PreActivation):
-                short = losses.pre_activation(
+                missing = losses.pre_activation(
                     x, self.W_enc, self.b_enc, self.log_threshold.exp(),
-                    losses.row_norms(self.W_dec, config.n_sites), None if term.dead_after is None else never,
+                    losses.row_norms(self.W_dec, config.n_sites), short,
                 )  # fmt: skip
-                terms[term.name] = term.coefficient * short
+                terms[term.name] = term.coefficient * missing
             else:
                 counted = found.code.values > 0 if found.active is None else found.active
                 l0 = counted.sum() / max(found.code.n_tokens, 1)

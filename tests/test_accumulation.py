@@ -453,10 +453,11 @@ def test_one_batch_costs_no_copy_and_no_second_mean(monkeypatch):
     piece, forward = joined[0]
     assert piece.spread.mean is None
     assert piece.x is forward.x
-    assert piece.error is forward.error
-    assert piece.code.values is forward.values
-    assert piece.code.values is forward.code.values
-    assert piece.code.offsets is forward.offsets
+    (error,), ((values, _, offsets),) = piece.errors, piece.codes
+    assert error is forward.error
+    assert values is forward.values
+    assert values is forward.code.values
+    assert offsets is forward.offsets
 
 
 def test_two_runs_agree_to_the_bit_and_no_place_is_left_unwritten(backend):

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastsae.benchmarks import gates
+from fastsae.benchmarks import gates, quality
 from fastsae.benchmarks.gates import GATES, family_rows, gate_rows, learn
 from fastsae.data import Batches
 from fastsae.evaluate import SyntheticDictionary, score
@@ -91,7 +91,6 @@ def small_activations(monkeypatch, tmp_path):
         {"x": torch.randn(96, 12, generator=torch.Generator().manual_seed(0))}, tmp_path / "x.safetensors"
     )
     store = open_activations(tmp_path / "x.safetensors")
-    monkeypatch.setattr(gates, "cached_activations", lambda *args, **options: store)
+    monkeypatch.setattr(quality, "cached_activations", lambda *args, **options: store)
     small = {"tokens": 64, "batch_size": 16, "latents": 64, "k": 4}
     monkeypatch.setattr(gates, "DEMO", gates.DEMO | small)
-    monkeypatch.setattr(gates, "HELD_OUT", 32)

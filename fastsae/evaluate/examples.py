@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastsae.checks import check_number, check_type, reject
 from fastsae.data.store import ActivationStore, fetch_rows
+from fastsae.evaluate.metrics import eval_mode
 from fastsae.sae import SAE
 
 __all__ = ["Example", "LatentExamples", "top_examples"]
@@ -118,9 +119,7 @@ def top_examples(
     if ids.shape != (n := len(activations),) or ids.dtype.kind not in "iu":
         reject("tokens", f"{ids.dtype} {list(ids.shape)}", f"integers [{n}], one for each activation")
     text = _Text(ids, window or max(n, 1))
-    was_training = sae.training
-    sae.eval()
-    try:
+    with eval_mode(sae):
         best = _Best(sae.config.n_latents, 2 * n_examples)
         for places, latents, values in _firings(sae, activations, np.arange(n), batch_size, progress):
             best.add(latents, values, places, text.fingerprints(places))
@@ -133,8 +132,6 @@ def top_examples(
             of_found = torch.isin(latents, wanted)
             keys = zip(latents[of_found].tolist(), places[of_found].tolist(), strict=True)
             firing.update(zip(keys, values[of_found].tolist(), strict=True))
-    finally:
-        sae.train(was_training)
     return [_describe(each, best, text, context, firing, decode_token) for each in found]
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsae.checks import BadType, check_type, reject
 from fastsae.sae import SAE
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "eval_mode", "evaluate"]
 
 Batch = Tensor | tuple[Tensor, Tensor]
 
@@ -94,17 +95,25 @@ def evaluate(sae: SAE, batches: Iterable[Batch], *, progress: bool = False) -> E
 
     check_type("sae", sae, SAE, "an SAE")
     sums = _Sums(sae)
-    was_training = sae.training
-    sae.eval()
-    try:
-        with torch.inference_mode():
-            for batch in tqdm(batches, desc="evaluate", unit="batch", disable=None if progress else True):
-                sums.add(*_finite_rows(sae, batch))
-    finally:
-        sae.train(was_training)
+    with eval_mode(sae), torch.inference_mode():
+        for batch in tqdm(batches, desc="evaluate", unit="batch", disable=None if progress else True):
+            sums.add(*_finite_rows(sae, batch))
     if sums.tokens == 0:
         reject("batches", f"no finite tokens ({sums.skipped} with NaN or Inf)", "at least one")
     return sums.result()
+
+
+@contextmanager
+def eval_mode(*roots: nn.Module) -> Iterator[None]:
+    """Put the modules in ``eval()`` mode; afterwards each of their parts in its own again."""
+    modes = {module: module.training for root in roots for module in root.modules()}
+    try:
+        for root in roots:
+            root.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _finite_rows(sae: SAE, batch: Batch) -> tuple[Tensor, Tensor, int]:

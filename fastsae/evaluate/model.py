@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastsae.checks import BadType, check_type, reject
 from fastsae.data.hooks import StopForward, find_module, replaced_output
+from fastsae.evaluate.metrics import eval_mode
 from fastsae.ops import upcast
 from fastsae.sae import SAE
 
@@ -143,7 +144,7 @@ def evaluate_in_model(
     if mean is not None and tuple(mean.shape) != (d_in,):
         reject("mean", f"shape {tuple(mean.shape)}", f"({d_in},), one number for each input of the sae")
     special = torch.as_tensor(special_ids, dtype=torch.int64)
-    with torch.inference_mode(), _eval_mode(model, sae):
+    with torch.inference_mode(), eval_mode(model, sae):
         patch = _Patch(model, hook, d_in)
         prepared = _Prepared(batches, model, special, progress)
         at = sae.W_enc.device
@@ -158,19 +159,6 @@ def evaluate_in_model(
 
 def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else math.nan
-
-
-@contextmanager
-def _eval_mode(*roots: nn.Module) -> Iterator[None]:
-    """Put the modules in ``eval()`` mode; afterwards each of their parts in its own again."""
-    modes = {module: module.training for root in roots for module in root.modules()}
-    try:
-        for root in roots:
-            root.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @dataclass(frozen=True)

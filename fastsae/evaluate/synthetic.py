@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae.checks import BadType, check_choice, check_number, check_type, reject
-from fastsae.evaluate.metrics import evaluate
+from fastsae.evaluate.metrics import eval_mode, evaluate
 from fastsae.sae import SAE
 from fastsae.shards import Rows, StoredTensors, parse_json, write_shards
 
@@ -326,14 +326,9 @@ def score(
         got = "a dictionary with d_in = {}, d_out = {}".format(*widths)
         reject("dictionary", got, f"{d} for both, the width of the synthetic features")
     result = _compare_directions(_raw_decoder(sae), truth)
-    was_training = sae.training
-    sae.eval()
-    try:
-        general = evaluate(sae, (x for x, _ in _blocks(truth, seed, n_tokens)))
-        with torch.inference_mode():
-            firing = _compare_firing(sae, truth, result.match, _blocks(truth, seed, n_tokens))
-    finally:
-        sae.train(was_training)
+    general = evaluate(sae, (x for x, _ in _blocks(truth, seed, n_tokens)))
+    with eval_mode(sae), torch.inference_mode():
+        firing = _compare_firing(sae, truth, result.match, _blocks(truth, seed, n_tokens))
     return dataclasses.replace(
         result,
         precision=_ratio(firing.hits, firing.latent_fires),

@@ -23,7 +23,15 @@ from fastsae.policies import Gated
 from fastsae.sae import SAE
 from fastsae.training.pieces import Forward, charges_of
 
-__all__ = ["Slopes", "SparseBackward", "by_length", "clip_factor", "is_finite"]
+__all__ = [
+    "Slopes",
+    "SparseBackward",
+    "by_length",
+    "clip_factor",
+    "is_finite",
+    "of_outputs",
+    "update_whole_",
+]
 
 _ops = torch.ops.fastsae
 _BLOCK_ELEMENTS = 2**20
@@ -149,27 +157,20 @@ class SparseBackward:
         ]
         return is_finite(bounds)
 
-    def clip_(self, most: float) -> None:
-        """Scale all gradients so that their common norm is at most ``most``."""
-        squares = [upcast(t).square().sum() for t in self._small().values()]
-        for rows in self._matrices().values():
-            squares += [upcast(grad).square().sum() for _, grad in rows.blocks()]
-        factor = clip_factor(torch.stack(squares).sum(), most)
-        self.g, self.d_pre, self.d_bias = self.g * factor, self.d_pre * factor, self.d_bias * factor
-        self.vectors = {name: t * factor for name, t in self.vectors.items()}
-        self.stretch = None if self.stretch is None else self.stretch * factor
-        if self.extra is not None:
-            self.extra = self.extra._replace(rows=self.extra.rows * factor)
-
-    def update(self, opt: RowAdam) -> None:
-        """Take the optimizer's step on every parameter that learns."""
-        small = self._small()  # by the weights as they are
-        for name, rows in self._matrices().items():
+    def update(self, opt: RowAdam, clip: float | None) -> None:
+        """Take the optimizer's step on every parameter that learns, on gradients of a norm up to ``clip``."""
+        small, matrices = self._small(), self._matrices()  # by the weights as they are
+        factor = None
+        if clip is not None:
+            squares = [upcast(t).square().sum() for t in small.values()]
+            squares += [upcast(grad).square().sum() for rows in matrices.values() for grad in rows.blocks()]
+            factor = clip_factor(torch.stack(squares).sum(), clip)
+        for name, rows in matrices.items():
             if getattr(self.sae, name).requires_grad:
-                opt.update_rows_(getattr(self.sae, name), rows.latents, rows.grad)
-        for name, grad in small.items():
-            if getattr(self.sae, name).requires_grad:
-                opt.update_rows_(getattr(self.sae, name), None, grad)
+                opt.update_rows_(getattr(self.sae, name), rows.latents, rows.scaled(factor))
+        if factor is not None:
+            small = {name: grad * factor for name, grad in small.items()}
+        update_whole_(self.sae, opt, small)
 
     def _matrices(self) -> dict[str, _Rows]:
         sae, n = self.sae, len(self.forward.x)
@@ -211,17 +212,12 @@ class SparseBackward:
 
     def _small(self) -> dict[str, Tensor]:
         """Gradients of everything that isn't by rows."""
-        sae, n = self.sae, len(self.forward.x)
-        # b_dec is part of the first set's reconstruction alone: AuxK has none, Gated's gates hold it fixed
-        main = self.g[:n]
-        found = {"b_dec": main.sum(0), **self.vectors}
+        sae, pull = self.sae, torch.zeros_like(upcast(self.forward.x[0]))
         if sae.config.subtract_b_dec:
-            pull = self._by_latent(self.d_pre, self.latents)
-            for lo in range(0, len(pull), block := max(1, _BLOCK_ELEMENTS // sae.config.d_in)):
-                found["b_dec"] = found["b_dec"] - pull[lo : lo + block] @ upcast(sae.W_enc[lo : lo + block])
-        if self.forward.normalised is not None:
-            found["W_skip"] = main.T @ upcast(self.forward.normalised)
-        return found
+            by_latent = self._by_latent(self.d_pre, self.latents)
+            for lo in range(0, len(by_latent), block := max(1, _BLOCK_ELEMENTS // sae.config.d_in)):
+                pull += by_latent[lo : lo + block] @ upcast(sae.W_enc[lo : lo + block])
+        return self.vectors | of_outputs(sae, self.forward, self.g[: len(self.forward.x)], pull)
 
 
 @dataclass
@@ -254,11 +250,15 @@ class _Rows:
     width: int
     grad: Callable[[int, int], Tensor]
 
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+    def blocks(self) -> Iterator[Tensor]:
         """Some gradients after the other."""
         size = max(1, _BLOCK_ELEMENTS // self.width)
         for lo in range(0, len(self.latents), size):
-            yield lo, self.grad(lo, min(lo + size, len(self.latents)))
+            yield self.grad(lo, min(lo + size, len(self.latents)))
+
+    def scaled(self, factor: Tensor | None) -> Callable[[int, int], Tensor]:
+        """What makes them times ``factor``; None: as they are."""
+        return self.grad if factor is None else lambda lo, hi: self.grad(lo, hi) * factor
 
 
 def _add_rows_(grad: Tensor, latents: Tensor, extra: nested.Gradients) -> None:
@@ -267,6 +267,26 @@ def _add_rows_(grad: Tensor, latents: Tensor, extra: nested.Gradients) -> None:
         return
     place = torch.searchsorted(extra.latents, latents).clamp_max(len(extra.latents) - 1)
     grad += torch.where((extra.latents[place] == latents)[:, None], extra.rows[place], 0)
+
+
+def of_outputs(sae: SAE, forward: Forward, g: Tensor, pull: Tensor) -> dict[str, Tensor]:
+    """Gradients of b_dec and of a skip, by ``g`` [N, d_out] at the main reconstruction.
+
+    b_dec is part of that one alone: AuxK has none, Gated's gates hold it fixed. ``pull`` [d_in] is what it
+    loses where it is subtracted from x.
+    """
+    grad = g.sum(0)
+    found = {"b_dec": grad - pull if sae.config.subtract_b_dec else grad}
+    if forward.normalised is not None:
+        found["W_skip"] = g.T @ upcast(forward.normalised)
+    return found
+
+
+def update_whole_(sae: SAE, opt: RowAdam, grads: dict[str, Tensor]) -> None:
+    """Step every row of the parameters named, where they learn."""
+    for name, grad in grads.items():
+        if getattr(sae, name).requires_grad:
+            opt.update_rows_(getattr(sae, name), None, grad)
 
 
 def by_length(rows: Tensor, n_sites: int) -> Tensor:

@@ -24,7 +24,14 @@ from fastsae.ops import upcast
 from fastsae.optim import RowAdam
 from fastsae.policies import AuxK, Gated, JumpReLU, PreActivation
 from fastsae.sae import SAE
-from fastsae.training.backward import Slopes, by_length, clip_factor, is_finite
+from fastsae.training.backward import (
+    Slopes,
+    by_length,
+    clip_factor,
+    is_finite,
+    of_outputs,
+    update_whole_,
+)
 from fastsae.training.pieces import Forward, Piece, charges_of
 
 __all__ = ["DenseBackward", "fill_densely", "pays"]
@@ -40,6 +47,7 @@ FEW_SCORES = 2**16
 """Up to so many scores in all, the sparse path is taken whatever fires."""
 BLOCK_SCORES = 2**20
 """Of a block [N, B], of which some five are held at a time: 4 MiB each."""
+_BY_ROWS = ("W_enc", "b_enc", "W_dec")
 SAMPLE = 64
 """Tokens that are encoded to learn how many latents fire."""
 
@@ -49,11 +57,9 @@ def pays(sae: SAE, x: Tensor) -> bool:
 
     A function of weights and batch alone, so that a resumed run goes the same way.
     """
-    if any(isinstance(term, PreActivation) for term in sae.config.losses):
+    if sae.config.loss(PreActivation):
         return True
-    ruled_out = sae.config.activation.rule != "threshold" or any(
-        isinstance(t, AuxK) for t in sae.config.losses
-    )
+    ruled_out = sae.config.activation.rule != "threshold" or sae.config.loss(AuxK)
     if ruled_out or len(x) * sae.config.n_latents <= FEW_SCORES:
         return False
     some = x[:: max(1, len(x) // SAMPLE)][:SAMPLE].contiguous()
@@ -92,11 +98,11 @@ class _Block:
         """What penalties are on."""
         return self.f if self.gates is None else self.gates
 
-    def short(self, never: Tensor | None) -> Tensor:
-        """How far each is from its threshold, 0 above and where ``never`` [M] says so."""
+    def short(self, among: Tensor | None) -> Tensor:
+        """How far each is below its threshold; 0 of latents where ``among`` [M] isn't set."""
         assert self.theta is not None
         short = (self.theta - self.pre).relu()
-        return short if never is None else short * never[self.lo : self.hi]
+        return short if among is None else short * among[self.lo : self.hi]
 
 
 def _blocks(sae: SAE, x: Tensor) -> Iterator[_Block]:
@@ -105,18 +111,9 @@ def _blocks(sae: SAE, x: Tensor) -> Iterator[_Block]:
         yield _Block(sae, x, lo, min(lo + size, sae.config.n_latents))
 
 
-def _pre_activation(sae: SAE) -> PreActivation | None:
-    return next((term for term in sae.config.losses if isinstance(term, PreActivation)), None)
-
-
-def _never(sae: SAE, term: PreActivation | None) -> Tensor | None:
-    """The latents that PreActivation is about, None for all."""
-    return None if term is None or term.dead_after is None else sae.dead_mask(term.dead_after)
-
-
 def fill_densely(sae: SAE, piece: Piece, target: Tensor) -> None:
     """What :func:`fastsae.training.pieces.fill` does, without a code."""
-    short, never = _pre_activation(sae), _never(sae, _pre_activation(sae))
+    short, among = sae.config.loss(PreActivation), sae.short_mask()
     n, wide = len(piece.x), upcast(piece.x).new_zeros
     error = upcast(sae.b_dec) - upcast(target)
     others = [error.clone()] if isinstance(sae.config.activation, Gated) else []
@@ -134,7 +131,7 @@ def fill_densely(sae: SAE, piece: Piece, target: Tensor) -> None:
         for term in charges_of(sae):
             totals[term.name] += losses.charge(term, block.charged(), block.lengths).sum()
         if short is not None:
-            totals[short.name] += (block.short(never) * block.lengths).sum()
+            totals[short.name] += (block.short(among) * block.lengths).sum()
     errors = [error, *others]
     squares = torch.stack([torch.linalg.vector_norm(one, dim=1).square() for one in errors])
     piece.errors = [one.to(target.dtype) for one in errors]
@@ -152,8 +149,8 @@ class DenseBackward:
         self.g = (upcast(forward.scale)[:, None] * upcast(forward.error)).view(
             -1, *forward.error[: len(forward.x)].shape
         )
-        self.x, self.factor = upcast(forward.x), self.g.new_ones(())
-        self.never = _never(sae, _pre_activation(sae))
+        self.x = upcast(forward.x)
+        self.among = sae.short_mask()
         longest = losses.row_norms(sae.W_dec, sae.config.n_sites).amax()
         steepest = sum(map(abs, slopes.charges.values())) + slopes.short
         at_entry = (self.g.norm(dim=2).amax() + steepest) * longest + steepest
@@ -161,45 +158,34 @@ class DenseBackward:
         bounds = [magnitude * (self.g.abs().amax() + steepest), at_entry * rows * (self.x.abs().amax() + 1)]
         self.finite = is_finite([*bounds, at_entry * magnitude, self.g.abs().amax() * rows])
 
-    def clip_(self, most: float) -> None:
-        """Scale all gradients so that their common norm is at most ``most``."""
-        squares, pull = self.g.new_zeros(()), torch.zeros_like(self.x[0])
-        for block in _blocks(self.sae, self.forward.x):
-            grads = self._gradients(block)
-            pull += grads.pop("pull")
-            squares += torch.stack([grad.square().sum() for grad in grads.values()]).sum()
-        squares += torch.stack([grad.square().sum() for grad in self._small(pull).values()]).sum()
-        self.factor = clip_factor(squares, most)
-
-    def update(self, opt: RowAdam) -> None:
-        """Take the optimizer's step on every parameter that learns."""
+    def update(self, opt: RowAdam, clip: float | None) -> None:
+        """Take the optimizer's step on every parameter that learns, on gradients of a norm up to ``clip``."""
+        factor: Tensor | float = 1.0 if clip is None else clip_factor(self._square(), clip)
         sae, pull = self.sae, torch.zeros_like(self.x[0])
         vectors: dict[str, list[Tensor]] = {}
         for block in _blocks(sae, self.forward.x):
             grads = self._gradients(block)
             pull += grads.pop("pull")
             for name, grad in grads.items():
-                if not getattr(sae, name).requires_grad:
-                    continue
-                if name in ("W_enc", "b_enc", "W_dec"):
+                if name not in _BY_ROWS:
+                    vectors.setdefault(name, []).append(grad)
+                elif getattr(sae, name).requires_grad:
                     touched = (grad.view(len(grad), -1) != 0).any(1).nonzero().flatten()
                     span = block.lo, block.hi
-                    opt.update_rows_(
-                        getattr(sae, name), touched + block.lo, grad[touched] * self.factor, span
-                    )
-                else:
-                    vectors.setdefault(name, []).append(grad)
-        for name, grad in (self._small(pull) | {n: torch.cat(parts) for n, parts in vectors.items()}).items():
-            if getattr(sae, name).requires_grad:
-                opt.update_rows_(getattr(sae, name), None, grad * self.factor)
+                    opt.update_rows_(getattr(sae, name), touched + block.lo, grad[touched] * factor, span)
+        whole = of_outputs(sae, self.forward, self.g[0], pull)
+        whole |= {name: torch.cat(parts) for name, parts in vectors.items()}
+        update_whole_(sae, opt, {name: grad * factor for name, grad in whole.items()})
 
-    def _small(self, pull: Tensor) -> dict[str, Tensor]:
-        """Gradients of b_dec, which loses ``pull`` where it is subtracted from x, and of the skip."""
-        b_dec = self.g[0].sum(0)
-        found = {"b_dec": b_dec - pull if self.sae.config.subtract_b_dec else b_dec}
-        if self.forward.normalised is not None:
-            found["W_skip"] = self.g[0].T @ upcast(self.forward.normalised)
-        return found
+    def _square(self) -> Tensor:
+        """Of the norm of all gradients."""
+        squares, pull = self.g.new_zeros(()), torch.zeros_like(self.x[0])
+        for block in _blocks(self.sae, self.forward.x):
+            grads = self._gradients(block)
+            pull += grads.pop("pull")
+            squares += torch.stack([grad.square().sum() for grad in grads.values()]).sum()
+        whole = of_outputs(self.sae, self.forward, self.g[0], pull)
+        return squares + torch.stack([grad.square().sum() for grad in whole.values()]).sum()
 
     def _gradients(self, block: _Block) -> dict[str, Tensor]:
         """Of the block's rows, before clipping; "pull": what moving x would do through them, [d_in]."""
@@ -223,7 +209,7 @@ class DenseBackward:
             by_entry = torch.where((block.pre - theta).abs() < width / 2, theta * d_f + slopes.l0, 0)
             by_threshold = -(theta / width) * by_entry.sum(0)
             if slopes.short:
-                short = block.short(self.never)
+                short = block.short(self.among)
                 below = slopes.short * (short > 0) * block.lengths
                 d_pre = d_pre - below
                 d_bias = d_pre

@@ -25,7 +25,6 @@ __all__ = [
     "Code",
     "Forward",
     "Piece",
-    "auxk_term",
     "charges_of",
     "fill",
     "join",
@@ -85,8 +84,7 @@ def prepare(sae: SAE, x: Tensor, target: Tensor | None, *, alone: bool) -> tuple
     normalised = sae.normalise(torch.where(finite, x, 0))
     target = sae.normalise_target(target, *normalised).reshape(-1, config.d_out).contiguous()
     plain = normalised[0].reshape(-1, config.d_in)
-    encoded = (plain - sae.b_dec).to(sae.dtype) if config.subtract_b_dec else plain
-    encoded = encoded.contiguous()
+    encoded = sae.encoder_input(plain).contiguous()
     spread = losses.spread(target, with_mean=not alone)
     if config.skip:
         target = (target - sae.skip(plain)).to(target.dtype)
@@ -152,7 +150,7 @@ def _encode(
     """
     activation, threshold = sae.selection(whole=True)
     rule, threshold = F.selection(activation, threshold, sae.W_enc)
-    k, auxk = getattr(activation, "k", 0), auxk_term(sae)
+    k, auxk = getattr(activation, "k", 0), sae.config.loss(AuxK)
     second: Code | None = None
     if dead is None or auxk is None:
         first = _ops.encode(x, sae.W_enc, sae.b_enc, threshold, None, rule, k, backend)
@@ -267,11 +265,6 @@ def largest(t: Tensor) -> Tensor:
     """max |t| in at least fp32, without a copy of t."""
     low, high = t.aminmax()
     return torch.maximum(upcast(-low), upcast(high))
-
-
-def auxk_term(sae: SAE) -> AuxK | None:
-    """AuxK among the losses of ``sae``."""
-    return next((term for term in sae.config.losses if isinstance(term, AuxK)), None)
 
 
 def charges_of(sae: SAE) -> list[losses.Charge]:

@@ -413,7 +413,7 @@ def check_fits(
 
     It says which of SMALLER would fit. Of ReLU, whose codes have no fixed size, a lower bound is taken.
     """
-    auxk = next((term for term in config.losses if isinstance(term, AuxK)), None)
+    auxk = config.loss(AuxK)
     k = getattr(config.activation.selection(training=True), "k", 1)
     work = Workload(
         config.d_in, config.d_out, config.n_latents, k, batch, accumulate,

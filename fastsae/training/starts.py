@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from fastsae import functional as F
 from fastsae.checks import check_type, reject
+from fastsae.evaluate.metrics import eval_mode
 from fastsae.initial import INITIAL_ROWS
 from fastsae.ops import upcast
 from fastsae.optim import RowAdam
@@ -149,18 +150,13 @@ def resample_(
 
 def _inputs(sae: SAE, x: Tensor) -> Tensor:
     """What W_enc multiplies of raw inputs, [n, d_in]."""
-    x = sae.normalise(x.to(sae.dtype))[0].reshape(-1, sae.config.d_in)
-    return (x - sae.b_dec).to(x.dtype) if sae.config.subtract_b_dec else x
+    return sae.encoder_input(sae.normalise(x.to(sae.dtype))[0].reshape(-1, sae.config.d_in))
 
 
 def _targets_and_losses(sae: SAE, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
     """The normalised target less b_dec [n, d_out]; each token's squared error [n], in raw space."""
-    was_training = sae.training
-    sae.eval()
-    try:
+    with eval_mode(sae):
         x_hat, _ = sae.reconstruct(x)
-    finally:
-        sae.train(was_training)
     goal = sae.normalise_target(target, *sae.normalise(x)).reshape(-1, sae.config.d_out)
     errors = (upcast(x_hat) - upcast(x if target is None else target)).reshape(goal.shape)
     return upcast(goal) - upcast(sae.b_dec), errors.square().sum(1)

@@ -21,13 +21,12 @@ from torch import Tensor
 from fastsae import losses
 from fastsae.backends import resolve
 from fastsae.checks import check_number, check_type, reject
-from fastsae.ops import upcast
 from fastsae.optim import RowAdam
 from fastsae.policies import L0, AuxK, DecoderNormL1, Gated, PreActivation, TargetL0
 from fastsae.sae import SAE
-from fastsae.training.backward import Slopes, SparseBackward
+from fastsae.training.backward import Slopes, SparseBackward, of_outputs, update_whole_
 from fastsae.training.dense import DenseBackward, fill_densely, pays
-from fastsae.training.pieces import Forward, Piece, auxk_term, charges_of, fill, join, largest, prepare
+from fastsae.training.pieces import Forward, Piece, charges_of, fill, join, largest, prepare
 
 __all__ = ["drop_batches", "train_step"]
 
@@ -96,7 +95,7 @@ def train_step(
     sae.train()
     try:
         if step is None:
-            step = _Step(sae, multipliers, sae.dead_mask() if auxk_term(sae) else None)
+            step = _Step(sae, multipliers, sae.dead_mask() if sae.config.loss(AuxK) else None)
         step.add(x, target, alone=not (accumulate or step.pieces))
         if accumulate:
             _begun[opt] = step
@@ -178,15 +177,13 @@ def _take(step: _Step, opt: RowAdam, clip: float | None) -> dict[str, Tensor]:
         backward = SparseBackward(sae, forward, loss.slopes)
     if backward is not None:
         proceed = proceed & backward.finite
-        if clip is not None:
-            backward.clip_(clip)
     if fired:
         sae.count_fired_(torch.stack(fired).any(0), len(forward.x), proceed)
     else:
         sae.count_firing_(sae.main_part(forward.code), proceed)
     opt.begin_step_(proceed)
     if backward is not None:
-        backward.update(opt)
+        backward.update(opt, clip)
     else:
         _row_step(sae, opt, forward, loss.slopes.charges.get(DecoderNormL1.name, 0.0))
     opt.end_step_()
@@ -213,14 +210,8 @@ def _row_step(sae: SAE, opt: RowAdam, forward: Forward, l1: float) -> None:
         forward.error, forward.scale, l1, resolve(sae.backend, sae.W_enc),
     )  # fmt: skip
     n = len(forward.x)
-    if not sae.b_dec.requires_grad and not sae.config.skip:
-        return
     g = forward.scale[:n, None] * forward.error[:n]
-    if sae.b_dec.requires_grad:
-        grad = g.sum(0)
-        opt.update_rows_(sae.b_dec, None, grad - pull if sae.config.subtract_b_dec else grad)
-    if forward.normalised is not None and sae.W_skip.requires_grad:
-        opt.update_rows_(sae.W_skip, None, g.T @ upcast(forward.normalised))
+    update_whole_(sae, opt, of_outputs(sae, forward, g, pull))
 
 
 def _metrics(sae: SAE, loss: _Loss, proceed: Tensor) -> dict[str, Tensor]:

@@ -91,8 +91,8 @@ def learn(
 
 def _learn(gate: Gate, seed: int, steps: int, weight_format: str, state_dtype: str) -> Recovery:
     truth = SyntheticDictionary(seed=seed)
-    # not the numbers that initial weights are made of, or an untied encoder would be the tied one; torch's CPU
-    # generator looks at the lower 32 bits alone
+    # not the numbers that initial weights are made of, or an untied encoder would be the tied one; torch's
+    # CPU generator looks at the lower 32 bits alone
     generator = torch.Generator().manual_seed(seed + 10_007)
     sae = SAE(gate.config, weight_format=weight_format)
     sae.reset_parameters(seed)

@@ -179,8 +179,8 @@ def _gates(path: Path | None) -> str:
     head = (
         "What is found of 128 known features in 64 dimensions, 3 active, in 2000 steps of 512 tokens, data "
         f"and dictionary from\nindependent seeds, {len(_distinct(rows, 'seed'))} of them ({_link(path)}, "
-        "`make quality`).\nTopK and BatchTopK are helped by AuxK, BatchTopK by resampling too; the controls must "
-        "fail:"
+        "`make quality`).\nTopK and BatchTopK are helped by AuxK, BatchTopK by resampling too; the controls "
+        "must fail:"
     )
     lines = {}
     for name in _distinct(rows, "backend"):
